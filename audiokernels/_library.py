@@ -1,0 +1,32 @@
+"""The op library that every room defines its ops in, and the compiled module where there is one."""
+
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+lib = torch.library.Library("audiokernels", "DEF")
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from . import _C
+    except ModuleNotFoundError:
+        note = Path(__file__).with_name("not_compiled.txt")
+        reason = note.read_text() if note.is_file() else "the package was copied or installed without being built"
+        return None, f"no kernel is compiled: {reason}"
+    except ImportError as error:
+        return None, f"the compiled module was found but could not be loaded: {error}"
+    return _C, ""
+
+
+C, C_error = _load()
+"""The compiled module `_C`, or None and the reason why not."""
+
+if C is None:
+    warnings.warn(
+        f"audiokernels runs on its slow plain-torch reference: {C_error}. `python -m audiokernels` tells more.",
+        RuntimeWarning,
+        stacklevel=2,
+    )

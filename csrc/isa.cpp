@@ -1,0 +1,79 @@
+#include "isa.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace audiokernels {
+namespace {
+
+constexpr Isa kAll[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_vnni, Isa::avx512_bf16};
+
+Isa best() {
+  Isa found = Isa::generic;
+  for (Isa isa : kAll) {
+    if (isa_supported(isa)) found = isa;
+  }
+  return found;
+}
+
+std::atomic<Isa>& current() {
+  static std::atomic<Isa> value{best()};
+  return value;
+}
+
+}  // namespace
+
+Isa isa() { return current().load(std::memory_order_relaxed); }
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::avx512_vnni: return "avx512_vnni";
+    case Isa::avx512_bf16: return "avx512_bf16";
+    default: return "generic";
+  }
+}
+
+bool isa_supported(Isa isa) {
+#if defined(__x86_64__)
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  switch (isa) {
+    case Isa::avx2: return avx2;
+    case Isa::avx512: return avx512;
+    case Isa::avx512_vnni: return vnni;
+    case Isa::avx512_bf16: return vnni && __builtin_cpu_supports("avx512bf16");
+    default: return true;
+  }
+#else
+  return isa == Isa::generic;
+#endif
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (Isa isa : kAll) {
+    if (isa_supported(isa)) names.emplace_back(isa_name(isa));
+  }
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  std::string supported;
+  for (Isa isa : kAll) {
+    if (!isa_supported(isa)) continue;
+    if (name == isa_name(isa)) {
+      current().store(isa, std::memory_order_relaxed);
+      return;
+    }
+    supported += std::string(supported.empty() ? "" : ", ") + isa_name(isa);
+  }
+  throw std::invalid_argument("name must be an instruction set that this processor has (" + supported + "), got '" +
+                              name + "'");
+}
+
+}  // namespace audiokernels

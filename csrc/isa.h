@@ -1,0 +1,33 @@
+// Which instruction set's objects run. Every *_simd.cpp is compiled once for each, in a namespace of its name.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace audiokernels {
+
+enum class Isa { generic, avx2, avx512, avx512_vnni, avx512_bf16 };  // each includes those before it
+
+Isa isa();                             // in use; at first the best that this processor has
+void set_isa(const std::string& name);  // throws std::invalid_argument if unknown or not supported here
+const char* isa_name(Isa isa);
+bool isa_supported(Isa isa);
+std::vector<std::string> supported_isas();
+
+}  // namespace audiokernels
+
+// The instruction sets compiled for this machine's family.
+#if defined(__x86_64__)
+#define AUDIOKERNELS_FOR_EACH_ISA(X) X(generic) X(avx2) X(avx512) X(avx512_vnni) X(avx512_bf16)
+#else
+#define AUDIOKERNELS_FOR_EACH_ISA(X) X(generic)
+#endif
+
+// In a room's header, inside namespace audiokernels, declare an entry point in every instruction set's namespace:
+//   #define DECLARE(isa) namespace isa { void my_kernel(const float* x, int64_t n); }
+//   AUDIOKERNELS_FOR_EACH_ISA(DECLARE)
+//   #undef DECLARE
+// and in *_cpu.cpp get the one in use:
+//   #define CASE(name) case Isa::name: return &name::my_kernel;
+//   auto* pick() { switch (isa()) { AUDIOKERNELS_FOR_EACH_ISA(CASE) default: return &generic::my_kernel; } }
+//   #undef CASE

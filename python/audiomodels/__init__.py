@@ -1,0 +1,1 @@
+"""Models, tokenizers, audio files, training and the command line, in plain Python above audiokernels."""
