@@ -1,0 +1,90 @@
+"""Which kernel serves which op on which device, and why: a silent fallback cannot hide."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from audiokernels._library import C, C_error
+
+REFERENCE = "reference (plain torch)"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one call takes: the kernel, why that one, its floating-point operations and the bytes it must move."""
+
+    kernel: str
+    why: str
+    flops: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {self.why}; {self.flops:,} FLOPs, {self.bytes:,} bytes"
+
+
+_describers: dict[str, Callable[..., Explanation]] = {}
+
+
+def describe(op: str, fn: Callable[..., Explanation]) -> None:
+    """Register what explain(op, ...) answers; fn takes the op's own arguments."""
+    _describers[op] = fn
+
+
+def explain(op: str | Callable, *args, **kwargs) -> Explanation:
+    """The kernel that `op(*args, **kwargs)` would take, without running it.
+
+    Args:
+        op: a public function of audiokernels or its name.
+
+    Raises:
+        ValueError: op is none of those that can be explained.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _describers:
+        raise ValueError(f"op must be one of {', '.join(sorted(_describers))}, got {name}")
+    return _describers[name](*args, **kwargs)
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """{op: {device: implementation}} of this installation; where it is the reference, the reason stands beside it."""
+    return {op: {device: implementation(op, device) for device in ("cpu", "cuda")} for op in sorted(_describers)}
+
+
+def implementation(op: str, device: str) -> str:
+    """What serves `op` on "cpu" or "cuda": asked of torch's dispatcher, not remembered."""
+    dump = torch._C._dispatch_dump(f"audiokernels::{op}")
+    kernel = re.search(rf"^{device.upper()}: registered at (.*?):\d+", dump, re.MULTILINE)
+    if kernel is None:
+        return f"{REFERENCE}: {_why_reference(device)}"
+    if not kernel[1].endswith(".cpp"):
+        return "Triton"
+    return f"C++ ({C.isa()})" if device == "cpu" else f"CUDA C++ ({', '.join(C.cuda_archs)})"
+
+
+def _why_reference(device: str) -> str:
+    if C is None:
+        return C_error
+    if device == "cuda" and C.cuda_note:
+        return C.cuda_note
+    return f"no {device} kernel is written for it yet"
+
+
+def facts() -> dict[str, str]:
+    """The facts of this build and machine, as `python -m audiokernels` prints them."""
+    cuda = "no GPU is visible" if torch.version.cuda else "this torch is a CPU build"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        cuda = f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+    result = {"torch running": torch.__version__, "GPU": cuda}
+    if C is None:
+        return {"compiled module": f"none: {C_error}", **result}
+    return {
+        "compiled module": f"{C.__file__}, g++ {C.compiler}",
+        "torch built against": f"{C.torch_version} (stable ABI: any torch >= 2.11 will do)",
+        **result,
+        "instruction set in use": C.isa(),
+        "instruction sets supported": ", ".join(C.supported_isas()),
+        "CUDA architectures": ", ".join(C.cuda_archs) or f"none: {C.cuda_note}",
+    }
