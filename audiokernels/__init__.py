@@ -2,6 +2,8 @@
 
 from importlib.metadata import version as _version
 
-from ._library import C as _C  # noqa: F401  (registers the compiled kernels)
+from audiokernels.backends import Explanation, backends, explain
+from audiokernels.dilated_conv_update import dilated_conv_update
 
+__all__ = ["Explanation", "backends", "dilated_conv_update", "explain"]
 __version__ = _version("audiokernels")

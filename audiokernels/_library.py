@@ -1,5 +1,6 @@
 """The op library that every room defines its ops in, and the compiled module where there is one."""
 
+import importlib
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -11,14 +12,13 @@ lib = torch.library.Library("audiokernels", "DEF")
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from . import _C
+        return importlib.import_module("audiokernels._C"), ""
     except ModuleNotFoundError:
         note = Path(__file__).with_name("not_compiled.txt")
         reason = note.read_text() if note.is_file() else "the package was copied or installed without being built"
         return None, f"no kernel is compiled: {reason}"
     except ImportError as error:
         return None, f"the compiled module was found but could not be loaded: {error}"
-    return _C, ""
 
 
 C, C_error = _load()
