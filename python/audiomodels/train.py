@@ -1,0 +1,570 @@
+"""One training loop and one yardstick for every model of this project.
+
+A model is `model(codes (batch, time)) -> logits (batch, time, n_class)`, logits[:, t] predicting codes[:, t + 1].
+`fit` minimises the cross-entropy of the last `length` codes of each crop with AdamW; `evaluate` gives bits per sample,
+top-1 and top-5 accuracy over the same target positions whatever the model.
+
+Crops are a pure function of (seed, step), so the state of a run is weights, optimizer, RNG and the step: a run that was
+killed and started again ends in the same bits. One process needs torch alone. Under `torchrun` or `accelerate launch`
+accelerate places the model (DDP, FSDP2) and rank r trains on rows r::world of the same global batch; a model that is
+sharded already (torch.distributed.fsdp.fully_shard) is taken as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import logging
+import math
+import os
+import random
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checkpoint
+from ._optional import require
+
+__all__ = ["History", "Scores", "TrainConfig", "TrainingError", "evaluate", "fit", "target_blocks"]
+
+BLOCK = 4096  # targets in one window of evaluate()
+BAD_STEPS = 5  # steps in a row without a finite loss, after which training stops
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(Exception):
+    """Training cannot go on; the message says why and which checkpoint is good."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Next-sample prediction: bits per sample (NaN: the predictor has no distribution), accuracies in [0, 1]."""
+
+    bits: float
+    top1: float
+    top5: float
+    n_target: int
+
+
+@dataclass
+class TrainConfig:
+    out: str
+    """Folder of checkpoints and logs; a run that is there is resumed."""
+    steps: int = 1000
+    batch: int = 8
+    """Crops per step, over all processes."""
+    length: int = 1600
+    """Targets per crop."""
+    context: int = 1024
+    """Codes before the first target; they are seen and not scored."""
+    lr: float = 1e-3
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"
+    """cosine: to 0 at the last step; plateau: halved when `patience` evaluations in a row bring no better bits."""
+    patience: int = 3
+    weight_decay: float = 0.0
+    """On matrices; vectors (biases, norms) are not decayed."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0: no limit."""
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; weights and optimizer stay in fp32."""
+    device: str = "auto"
+    """auto: a GPU where there is one."""
+    save_every: int = 500
+    """Steps between checkpoints; 0: at the end only."""
+    keep: int = 3
+    """Checkpoints kept."""
+    eval_every: int = 500
+    """Steps between evaluations on the validation recordings, where given; 0: at the end only."""
+    eval_targets: int = 65536
+    tensorboard: bool = True
+    """TensorBoard logs beside log.jsonl, where it is installed."""
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch", 1), ("length", 1), ("context", 0), ("warmup", 0), ("patience", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("weight_decay", "grad_clip", "save_every", "eval_every"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if self.keep < 1 or self.eval_targets < 1:
+            raise ValueError(f"keep and eval_targets must be at least 1, got {self.keep} and {self.eval_targets}")
+        for name, allowed in (("schedule", ("cosine", "plateau", "constant")), ("precision", ("fp32", "bf16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+
+@dataclass
+class History:
+    """What a run did, from its first step on, also where it was resumed."""
+
+    step: list[int] = field(default_factory=list)
+    bits: list[float] = field(default_factory=list)
+    """Training loss of each step, bits per sample."""
+    lr: list[float] = field(default_factory=list)
+    samples_per_second: list[float] = field(default_factory=list)
+    """Targets trained on per second, over all processes."""
+    valid_step: list[int] = field(default_factory=list)
+    valid: list[Scores] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    """Steps whose loss or gradient was not finite."""
+
+    @property
+    def throughput(self) -> float:
+        """Median of samples_per_second."""
+        return statistics.median(self.samples_per_second) if self.samples_per_second else math.nan
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+
+def target_blocks(recordings: Any, max_targets: int | None = None) -> list[tuple[int, int, int]]:
+    """The scored positions: (recording, start, stop) blocks, the same for every model and predictor.
+
+    All samples of all recordings, or, above `max_targets`, that many in whole blocks spread evenly over them.
+    """
+    blocks = [
+        (i, start, min(start + BLOCK, len(recording.codes)))
+        for i, recording in enumerate(recordings)
+        for start in range(0, len(recording.codes), BLOCK)
+    ]
+    total = sum(stop - start for _, start, stop in blocks)
+    if max_targets is None or total <= max_targets:
+        return blocks
+    count = min(len(blocks), math.ceil(max_targets / BLOCK))
+    chosen = []
+    for i in range(count):
+        index, start, stop = blocks[(2 * i + 1) * len(blocks) // (2 * count)]
+        stop = min(stop, start + max_targets)
+        max_targets -= stop - start
+        chosen.append((index, start, stop))
+    return [block for block in chosen if block[2] > block[1]]
+
+
+class Tally:
+    """Sum of scores; `add` takes the log-probabilities of targets (natural log) and their ranks (0 = best)."""
+
+    def __init__(self) -> None:
+        self.nats, self.top1, self.top5, self.count = 0.0, 0, 0, 0
+
+    def add(self, log_probability: Tensor, rank: Tensor) -> None:
+        self.nats -= float(log_probability.double().sum())
+        self.top1 += int((rank == 0).sum())
+        self.top5 += int((rank < 5).sum())
+        self.count += rank.numel()
+
+    def scores(self) -> Scores:
+        if self.count == 0:
+            raise ValueError("recordings must hold at least one sample to score")
+        bits = self.nats / self.count / math.log(2)
+        return Scores(bits, self.top1 / self.count, self.top5 / self.count, self.count)
+
+
+def ranks(scores: Tensor, targets: Tensor) -> Tensor:
+    """How many classes score (..., n_class) puts before its target (...,); of equals the lower class comes first.
+
+    A target whose score is NaN ranks last, so that a broken model does not look perfect.
+    """
+    mine = scores.gather(-1, targets[..., None])
+    later = torch.arange(scores.shape[-1], device=scores.device) > targets[..., None]
+    return scores.shape[-1] - 1 - ((scores < mine) | ((scores == mine) & later)).sum(-1)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, recordings: Any, *, context: int, batch: int = 8, max_targets: int | None = None
+) -> Scores:
+    """Bits per sample, top-1 and top-5 of `model` on `recordings` (data.Recordings), in the precision of its weights.
+
+    Every target is preceded by at least `context` samples of its recording; before a recording there is n_class // 2.
+    batch: windows of BLOCK targets at a time. A model whose config has n_label is given the recordings' labels.
+    """
+    if context < 0 or batch < 1:
+        raise ValueError(f"context must be at least 0 and batch at least 1, got {context} and {batch}")
+    device = next(model.parameters()).device
+    labels = recordings.labels if getattr(getattr(model, "config", None), "n_label", 0) else None
+    blocks = target_blocks(recordings, max_targets)
+    tally, was_training = Tally(), model.training
+    model.eval()
+    try:
+        for first in range(0, len(blocks), batch):
+            part = blocks[first : first + batch]
+            longest = max(stop - start for _, start, stop in part)
+            rows = torch.full((len(part), context + 1 + longest), recordings.n_class // 2)
+            scored = torch.zeros(len(part), longest, dtype=torch.bool)
+            for row, mask, (index, start, stop) in zip(rows, scored, part, strict=True):
+                begin = max(0, start - context - 1)
+                row[context + 1 - (start - begin) :][: stop - begin] = recordings[index].codes[begin:stop].long()
+                mask[: stop - start] = True
+            extra = {} if labels is None else {"label": labels[[index for index, _, _ in part]].to(device)}
+            rows, scored = rows.to(device), scored.to(device)
+            log_p = predict(model, rows[:, :-1], longest, extra)[scored].float().log_softmax(-1)
+            targets = rows[:, context + 1 :][scored][:, None]
+            tally.add(log_p.gather(-1, targets), ranks(log_p, targets[:, 0]))
+    finally:
+        model.train(was_training)
+    return tally.scores()
+
+
+def predict(model: nn.Module, codes: Tensor, length: int, extra: dict[str, Tensor]) -> Tensor:
+    """The last `length` logits of model(codes); a forward that takes `length=` need not compute the others."""
+    if "length" in inspect.signature(checkpoint.unwrap(model).forward).parameters:
+        return model(codes, length=length, **extra)
+    return model(codes, **extra)[:, -length:]
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def fit(
+    model: nn.Module,
+    crops: Callable[[int], Any],
+    config: TrainConfig,
+    *,
+    valid: Any = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> History:
+    """Train `model` in place until `config.steps`, resuming what is in `config.out`; returns the History of all steps.
+
+    crops(step): codes (batch, context + length + 1), integers, or (codes, {"condition": ..., "label": ...}), tensors of
+    as many rows that go to the model's forward; a pure function of the step, as data.Crops. valid: data.Recordings for
+    `evaluate`. on_step(steps done, bits per sample) runs at the end of each step.
+    The global RNGs are seeded or restored. SIGTERM and Ctrl-C finish the step, save, and exit with 143 and 130.
+    A step whose loss or gradient is not finite is skipped, and weights that are not finite are restored from the last
+    checkpoint; TrainingError after BAD_STEPS such steps in a row. CheckpointError if `out` cannot be written or read.
+    """
+    if config.schedule == "plateau" and valid is None:
+        raise ValueError("schedule 'plateau' needs valid recordings")
+    run = _Run(model, crops, config)
+    with contextlib.ExitStack() as stack:
+        if run.rank == 0:
+            stack.enter_context(checkpoint.lock(config.out))
+            checkpoint.clean(config.out)
+        stop = stack.enter_context(_Stop())
+        run.start()
+        log = stack.enter_context(_Log(config, run.step, run.rank))
+        bar = stack.enter_context(_bar(config, run.step, run.rank))
+        while run.step < config.steps:
+            bits, speed = run.train_step(stop.signal != 0)
+            log.train(run.step, bits, run.lr(run.step - 1), speed)
+            if valid is not None and run.due(config.eval_every):
+                log.valid(run.step, run.validate(valid))
+            if run.due(config.save_every) or run.stopping:
+                run.save()
+            bar.set_postfix_str(f"{bits:.3f} bits, {speed:.0f} samples/s", refresh=False)
+            bar.update()
+            if on_step is not None:
+                on_step(run.step, bits)
+            if run.stopping:
+                logger.warning("stopped by a signal, saved step %d in %s", run.step, config.out)
+                raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+    return log.history
+
+
+class _Run:
+    """Model, optimizer and position of one training run; every rank has one."""
+
+    def __init__(self, model: nn.Module, crops: Callable[[int], Any], config: TrainConfig) -> None:
+        self.crops, self.config = crops, config
+        self.model, self.optimizer, self.device = _place(model, config)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if checkpoint.distributed() else (0, 1)
+        if config.batch % self.world:
+            raise ValueError(f"batch must be a multiple of the {self.world} processes, got {config.batch}")
+        self.step = 0
+        self.stopping = False
+        self.plateau: dict[str, Any] = {"scale": 1.0, "best": None, "waited": 0}
+        self.bad = 0  # steps in a row without a finite loss
+
+    def start(self) -> None:
+        """Resume from the newest checkpoint, or seed a fresh run."""
+        path = checkpoint.on_rank0(lambda: checkpoint.latest(self.config.out))
+        self.model.train()
+        if path is None:
+            random.seed(self.config.seed + self.rank)
+            np.random.seed((self.config.seed + self.rank) % 2**32)
+            torch.manual_seed(self.config.seed + self.rank)
+            return
+        self.step, state = checkpoint.load(path, model=self.model, optimizer=self.optimizer, rng=True)
+        try:
+            before, self.plateau, self.bad = state["config"], state["plateau"], state["bad"]
+            changed = {k: f"{before.get(k)} -> {v}" for k, v in _recipe(self.config).items() if before.get(k) != v}
+        except (KeyError, AttributeError) as error:
+            raise checkpoint.CheckpointError(f"{path}: not written by fit: {error!r}") from error
+        if changed and self.rank == 0:
+            logger.warning("%s: resumed with other settings: %s", path, changed)
+
+    def lr(self, step: int) -> float:
+        """Learning rate of the step after `step` steps."""
+        config = self.config
+        if step < config.warmup:
+            return config.lr * self.plateau["scale"] * (step + 1) / config.warmup
+        if config.schedule == "cosine":
+            done = (step - config.warmup) / max(1, config.steps - config.warmup)
+            return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+        return config.lr * self.plateau["scale"]
+
+    def due(self, every: int) -> bool:
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def train_step(self, stop: bool) -> tuple[float, float]:
+        """One step on the next crops: (bits per sample, NaN if the step was skipped; targets per second)."""
+        began = time.perf_counter()
+        inputs, targets, extra = self.batch()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(self.step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            logits = predict(self.model, inputs, self.config.length, extra)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        sums = torch.stack([loss.detach(), norm, torch.tensor(float(stop), device=self.device)])
+        if self.world > 1:  # every rank must come to the same decisions
+            dist.all_reduce(sums)
+        loss_sum, norm_sum, stops = sums.tolist()
+        self.stopping = stops > 0
+        finite = math.isfinite(loss_sum) and math.isfinite(norm_sum)
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.bad = 0 if finite else self.bad + 1
+        if not finite:
+            self.skipped()
+        speed = self.config.batch * self.config.length / (time.perf_counter() - began)
+        return loss_sum / self.world / math.log(2) if finite else math.nan, speed
+
+    def batch(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """This rank's rows of the step's crops: inputs (rows, context + length), targets (rows, length), the rest."""
+        codes = self.crops(self.step)
+        codes, extra = codes if isinstance(codes, tuple) else (codes, {})
+        expected = (self.config.batch, self.config.context + self.config.length + 1)
+        if tuple(codes.shape) != expected:
+            raise ValueError(f"crops must give codes of shape {expected}, got {tuple(codes.shape)}")
+        mine = codes[self.rank :: self.world].to(self.device).long()
+        extra = {name: value[self.rank :: self.world].to(self.device) for name, value in extra.items()}
+        return mine[:, :-1], mine[:, -self.config.length :], extra
+
+    def skipped(self) -> None:
+        """Report a step that was not finite; give up after BAD_STEPS of them."""
+        if self.rank == 0:
+            logger.warning("step %d: loss or gradient is not finite; step skipped", self.step)
+        if self.bad >= BAD_STEPS:
+            raise TrainingError(
+                f"loss or gradient was not finite in {BAD_STEPS} steps in a row, up to step {self.step}; "
+                f"{self.good()}; try an lr below {self.config.lr}, or look at the data"
+            )
+        self.heal()
+
+    def heal(self) -> None:
+        """Put back the last checkpoint's weights and optimizer if ours are not finite."""
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        broken = not all(map(_finite, [*self.model.parameters(), *self.model.buffers(), *state]))
+        if self.world > 1:
+            flag = torch.tensor(float(broken), device=self.device)
+            dist.all_reduce(flag)
+            broken = flag.item() > 0
+        if not broken:
+            return
+        path = checkpoint.on_rank0(lambda: checkpoint.latest(self.config.out))
+        if path is None:
+            raise TrainingError(f"the weights are not finite at step {self.step}; {self.good()}")
+        checkpoint.load(path, model=self.model, optimizer=self.optimizer)
+        if self.rank == 0:
+            logger.warning("step %d: the weights were not finite; those of %s are restored", self.step, path)
+
+    def good(self) -> str:
+        path = checkpoint.latest(self.config.out)
+        return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+
+    def validate(self, valid: Any) -> Scores:
+        """Score the model, and lower the learning rate of the plateau schedule where that is due."""
+        scores = evaluate(
+            checkpoint.unwrap(self.model),
+            valid,
+            context=self.config.context,
+            batch=self.config.batch,
+            max_targets=self.config.eval_targets,
+        )
+        plateau = self.plateau
+        if plateau["best"] is None or scores.bits < plateau["best"]:
+            plateau.update(best=scores.bits if math.isfinite(scores.bits) else None, waited=0)
+        else:
+            plateau["waited"] += 1
+        if self.config.schedule == "plateau" and plateau["waited"] >= self.config.patience:
+            plateau.update(scale=plateau["scale"] * 0.5, waited=0)
+        return scores
+
+    def save(self) -> None:
+        self.heal()
+        state = {"config": _recipe(self.config), "plateau": self.plateau, "bad": self.bad}
+        checkpoint.save(
+            self.config.out,
+            step=self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            state=state,
+            keep=self.config.keep,
+        )
+
+
+def _place(model: nn.Module, config: TrainConfig) -> tuple[nn.Module, torch.optim.Optimizer, torch.device]:
+    """Model and AdamW where they train: this process's device, or accelerate's choice under torchrun."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if any(hasattr(p, "device_mesh") for p in parameters):  # sharded by the caller
+        return model, torch.optim.AdamW(groups, lr=config.lr), parameters[0].device
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        cpu = config.device == "cpu" or not torch.cuda.is_available()
+        accelerator = require("accelerate", "train").Accelerator(cpu=cpu, mixed_precision="no")
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, lr=config.lr))
+        return model, optimizer.optimizer, accelerator.device
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(name), torch.optim.AdamW(groups, lr=config.lr), torch.device(name)
+
+
+def _finite(tensor: Tensor) -> bool:
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def _recipe(config: TrainConfig) -> dict[str, Any]:
+    """The settings that change what is learned."""
+    elsewhere = {"out", "device", "save_every", "keep", "eval_targets", "tensorboard", "progress"}
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in elsewhere}
+
+
+# --- around the loop ----------------------------------------------------------------------------------------------
+
+
+class _Stop:
+    """SIGTERM and Ctrl-C ask the loop to stop after its step; the third one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal, self.asked, self.before = 0, 0, {}
+
+    def __enter__(self) -> _Stop:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses handlers
+            self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, frame: object) -> None:
+        self.signal = self.signal or number
+        self.asked += 1
+        if self.asked > 2:  # torchrun passes a Ctrl-C on that its processes have seen already
+            raise KeyboardInterrupt
+
+
+class _Log:
+    """log.jsonl, TensorBoard's files and the History, without what a killed run did after its last checkpoint."""
+
+    def __init__(self, config: TrainConfig, step: int, rank: int) -> None:
+        self.history = History()
+        self.path = Path(config.out) / "log.jsonl"
+        self.file = self.board = None
+        if rank:
+            return
+        with self.errors():
+            kept = [line for line in self.lines() if self.remember(line, step)]
+            temp = self.path.with_name(f"{checkpoint.TEMP}{self.path.name}")
+            temp.write_text("".join(kept))
+            os.replace(temp, self.path)
+            self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by __exit__)
+            if config.tensorboard:
+                with contextlib.suppress(ImportError):
+                    writer = require("torch.utils.tensorboard", "train").SummaryWriter
+                    self.board = writer(str(self.path.with_name("tensorboard")), purge_step=step + 1)
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sink in (self.file, self.board):
+            if sink is not None:
+                sink.close()
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise checkpoint.CheckpointError(f"{self.path}: cannot be written: {error}") from error
+
+    def lines(self) -> list[str]:
+        return self.path.read_text(errors="replace").splitlines(keepends=True) if self.path.is_file() else []
+
+    def remember(self, line: str, step: int) -> bool:
+        """Add one line of an earlier log to the History; False if it is later than `step`, or not ours."""
+        try:
+            record = json.loads(line)
+            if record["step"] > step:
+                return False
+            if "valid_bits" in record:
+                bits = math.nan if record["valid_bits"] is None else record["valid_bits"]
+                scores = Scores(bits, record["valid_top1"], record["valid_top5"], record["n_target"])
+                self.history.valid_step.append(record["step"])
+                self.history.valid.append(scores)
+            elif record["bits"] is None:
+                self.history.skipped.append(record["step"])
+            else:
+                bits, lr, speed = record["bits"], record["lr"], record["samples_per_second"]
+                for values, value in zip(self.columns(), (record["step"], bits, lr, speed), strict=True):
+                    values.append(value)
+        except (ValueError, KeyError, TypeError):
+            return False
+        return True
+
+    def columns(self) -> tuple[list, list, list, list]:
+        return self.history.step, self.history.bits, self.history.lr, self.history.samples_per_second
+
+    def train(self, step: int, bits: float, lr: float, samples_per_second: float) -> None:
+        self.add({"step": step, "bits": bits, "lr": lr, "samples_per_second": samples_per_second})
+
+    def valid(self, step: int, scores: Scores) -> None:
+        record = {"valid_bits": scores.bits, "valid_top1": scores.top1, "valid_top5": scores.top5}
+        self.add({"step": step, **record, "n_target": scores.n_target})
+
+    def add(self, record: dict[str, float]) -> None:
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
+        line = json.dumps(record) + "\n"
+        self.remember(line, record["step"])
+        with self.errors():
+            if self.file is not None:
+                self.file.write(line)
+            if self.board is not None:
+                for name, value in record.items():
+                    if name != "step" and value is not None:
+                        self.board.add_scalar(name, value, record["step"])
+
+
+def _bar(config: TrainConfig, step: int, rank: int) -> Any:
+    tqdm = require("tqdm", "models").tqdm
+    return tqdm(total=config.steps, initial=step, desc="train", unit="step", disable=not config.progress or rank > 0)
