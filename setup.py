@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -39,10 +40,11 @@ def run(*command: object) -> None:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
-        folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-debug' if DEBUG else ''}"
-        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        if (folder / "CMakeCache.txt").is_file():
-            generator = []  # a build folder keeps the generator it was made with
+        os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # pip may run with its bin/ not on PATH
+        ninja = shutil.which("ninja")  # named each time: pip's isolated one is gone at the next build
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
+        tag = sys.implementation.cache_tag + ("" if ninja else "-make") + ("-debug" if DEBUG else "")
+        folder = ROOT / "build" / f"cmake-{tag}"
         run("cmake", "-S", ROOT, "-B", folder, *generator, f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if DEBUG else 'Release'}", f"-DAUDIOKERNELS_CUDA={CUDA}")  # fmt: skip
         run("cmake", "--build", folder, "--parallel")

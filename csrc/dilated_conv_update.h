@@ -10,6 +10,8 @@ namespace audiokernels {
 // Sizes and strides (in elements) of a call; pointers are of the call's dtype, the result is contiguous.
 struct DilatedConvUpdate {
   int64_t batch, dim_in, dim_out, width, dilation;
+  int64_t taps;    // dim_in * width, the length of a weight row
+  int64_t length;  // (width - 1) * dilation, the slots of the ring
   const void* x;
   void* conv_state;
   const void* weight;  // a row is contiguous over (dim_in, width)
@@ -17,9 +19,6 @@ struct DilatedConvUpdate {
   const int32_t* position;
   void* out;
   int64_t x_stride[2], state_stride[3], weight_stride, bias_stride, position_stride;
-
-  int64_t taps() const { return dim_in * width; }
-  int64_t length() const { return (width - 1) * dilation; }  // slots of the ring
 };
 
 enum class DilatedConvUpdateKernel { cpu_simd, cpu_loop, cuda_fused, cuda_split };
@@ -35,12 +34,12 @@ inline DilatedConvUpdateKernel dilated_conv_update_plan(bool cuda, bool float64,
                                                                       : DilatedConvUpdateKernel::cuda_split;
 }
 
-enum class DotType { float32, bfloat16, float16 };
+enum class DilatedConvDtype { float32, bfloat16, float16, float64 };
 
 // sums[b * sums_stride + r] = sum_j weight[r * weight_stride + j] * taps[b * n + j] for r in [first, last).
 #define AUDIOKERNELS_DECLARE(isa)                                                                             \
   namespace isa {                                                                                             \
-  void dilated_conv_dots(DotType dtype, const void* weight, int64_t weight_stride, const float* taps, int64_t n, \
+  void dilated_conv_dots(DilatedConvDtype dtype, const void* weight, int64_t weight_stride, const float* taps, int64_t n, \
                          int64_t batch, int64_t first, int64_t last, float* sums, int64_t sums_stride);       \
   }
 AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_DECLARE)
@@ -48,7 +47,7 @@ AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_DECLARE)
 
 }  // namespace audiokernels
 
-#ifndef __CUDACC__
+#if !defined(__CUDACC__) && !defined(AUDIOKERNELS_ISA)
 #include "torch_stable.h"
 
 namespace audiokernels {
@@ -58,6 +57,15 @@ namespace audiokernels {
 DilatedConvUpdate dilated_conv_update_check(const Tensor& x, const Tensor& conv_state, Tensor& weight,
                                             const std::optional<Tensor>& bias, const Tensor& position,
                                             int64_t dilation, Tensor& out);
+
+inline DilatedConvDtype dilated_conv_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return DilatedConvDtype::float64;
+    case ScalarType::BFloat16: return DilatedConvDtype::bfloat16;
+    case ScalarType::Half: return DilatedConvDtype::float16;
+    default: return DilatedConvDtype::float32;
+  }
+}
 
 }  // namespace audiokernels
 #endif

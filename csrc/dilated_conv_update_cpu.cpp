@@ -24,10 +24,10 @@ template <class T, class Acc>
 void gather_taps(const DilatedConvUpdate& c, Acc* taps) {
   const T* x = static_cast<const T*>(c.x);
   const T* state = static_cast<const T*>(c.conv_state);
-  for (int64_t b = 0; b < c.batch; b++, taps += c.taps()) {
+  for (int64_t b = 0; b < c.batch; b++, taps += c.taps) {
     const int64_t position = c.position[b * c.position_stride];
     for (int64_t k = 0; k < c.width - 1; k++) {
-      const int64_t slot = (position + k * c.dilation) % c.length();
+      const int64_t slot = (position + k * c.dilation) % c.length;
       const T* past = state + b * c.state_stride[0] + slot * c.state_stride[1];
       for (int64_t i = 0; i < c.dim_in; i++) taps[i * c.width + k] = Acc(past[i * c.state_stride[2]]);
     }
@@ -51,20 +51,20 @@ void add_bias(const DilatedConvUpdate& c, const Acc* sums) {
 // The oldest slot takes the new input.
 template <class T>
 void write_ring(const DilatedConvUpdate& c) {
-  if (c.length() == 0) return;
+  if (c.length == 0) return;
   const T* x = static_cast<const T*>(c.x);
   T* state = static_cast<T*>(c.conv_state);
   for (int64_t b = 0; b < c.batch; b++) {
-    const int64_t slot = c.position[b * c.position_stride] % c.length();
+    const int64_t slot = c.position[b * c.position_stride] % c.length;
     T* oldest = state + b * c.state_stride[0] + slot * c.state_stride[1];
     for (int64_t i = 0; i < c.dim_in; i++) oldest[i * c.state_stride[2]] = x[b * c.x_stride[0] + i * c.x_stride[1]];
   }
 }
 
 template <class T>
-void run_simd(const DilatedConvUpdate& c, DotType dtype) {
-  const bool direct = dtype == DotType::float32;  // the sums need no second buffer
-  const int64_t n_taps = c.batch * c.taps();
+void run_simd(const DilatedConvUpdate& c, DilatedConvDtype dtype) {
+  const bool direct = dtype == DilatedConvDtype::float32;  // the sums need no second buffer
+  const int64_t n_taps = c.batch * c.taps;
   const int64_t n_scratch = n_taps + (direct ? 0 : c.batch * c.dim_out);
   float stack[kStackFloats];
   std::unique_ptr<float[]> heap(n_scratch > kStackFloats ? new float[n_scratch] : nullptr);
@@ -74,7 +74,7 @@ void run_simd(const DilatedConvUpdate& c, DotType dtype) {
   gather_taps<T>(c, taps);
   const auto dots = pick_dots();
   const auto rows = [&](int64_t first, int64_t last) {
-    dots(dtype, c.weight, c.weight_stride, taps, c.taps(), c.batch, first, last, sums, c.dim_out);
+    dots(dtype, c.weight, c.weight_stride, taps, c.taps, c.batch, first, last, sums, c.dim_out);
   };
   const int64_t work = n_taps * c.dim_out;
   if (work < kParallelWork) {
@@ -87,15 +87,15 @@ void run_simd(const DilatedConvUpdate& c, DotType dtype) {
 }
 
 void run_double(const DilatedConvUpdate& c) {
-  std::unique_ptr<double[]> scratch(new double[c.batch * (c.taps() + c.dim_out)]);
+  std::unique_ptr<double[]> scratch(new double[c.batch * (c.taps + c.dim_out)]);
   double* taps = scratch.get();
-  double* sums = taps + c.batch * c.taps();
+  double* sums = taps + c.batch * c.taps;
   gather_taps<double>(c, taps);
   const double* weight = static_cast<const double*>(c.weight);
   for (int64_t b = 0; b < c.batch; b++) {
     for (int64_t r = 0; r < c.dim_out; r++) {
       double sum = 0;
-      for (int64_t j = 0; j < c.taps(); j++) sum += weight[r * c.weight_stride + j] * taps[b * c.taps() + j];
+      for (int64_t j = 0; j < c.taps; j++) sum += weight[r * c.weight_stride + j] * taps[b * c.taps + j];
       sums[b * c.dim_out + r] = sum;
     }
   }
@@ -110,17 +110,17 @@ Tensor dilated_conv_update(Tensor x, Tensor conv_state, Tensor weight, std::opti
   for (int64_t b = 0; b < call.batch; b++) {
     STD_TORCH_CHECK(call.position[b * call.position_stride] >= 0, "position must be >= 0");
   }
-  const ScalarType dtype = x.scalar_type();
-  const bool float64 = dtype == ScalarType::Double;
-  if (dilated_conv_update_plan(false, float64, call.batch, call.dim_out, call.taps(), 0) ==
+  const DilatedConvDtype dtype = dilated_conv_dtype(x.scalar_type());
+  const bool float64 = dtype == DilatedConvDtype::float64;
+  if (dilated_conv_update_plan(false, float64, call.batch, call.dim_out, call.taps, 0) ==
       DilatedConvUpdateKernel::cpu_loop) {
     run_double(call);
-  } else if (dtype == ScalarType::Float) {
-    run_simd<float>(call, DotType::float32);
-  } else if (dtype == ScalarType::BFloat16) {
-    run_simd<torch::headeronly::BFloat16>(call, DotType::bfloat16);
+  } else if (dtype == DilatedConvDtype::float32) {
+    run_simd<float>(call, dtype);
+  } else if (dtype == DilatedConvDtype::bfloat16) {
+    run_simd<torch::headeronly::BFloat16>(call, dtype);
   } else {
-    run_simd<torch::headeronly::Half>(call, DotType::float16);
+    run_simd<torch::headeronly::Half>(call, dtype);
   }
   return out;
 }
@@ -154,11 +154,11 @@ DilatedConvUpdate dilated_conv_update_check(const Tensor& x, const Tensor& conv_
   c.dim_out = weight.size(0);
   c.width = weight.size(2);
   c.dilation = dilation;
-  int64_t length;
+  c.taps = c.dim_in * c.width;
   STD_TORCH_CHECK(c.width >= 1, "weight must have a width >= 1");
-  STD_TORCH_CHECK(dilation >= 1 && !__builtin_mul_overflow(c.width - 1, dilation, &length), "dilation must be >= 1");
+  STD_TORCH_CHECK(dilation >= 1 && !__builtin_mul_overflow(c.width - 1, dilation, &c.length), "dilation must be >= 1");
   STD_TORCH_CHECK(weight.size(1) == c.dim_in, "weight.shape[1] must be dim_in, as x has it");
-  STD_TORCH_CHECK(conv_state.size(0) == c.batch && conv_state.size(1) == length && conv_state.size(2) == c.dim_in,
+  STD_TORCH_CHECK(conv_state.size(0) == c.batch && conv_state.size(1) == c.length && conv_state.size(2) == c.dim_in,
                   "conv_state must have shape (batch, (width - 1) * dilation, dim_in)");
   STD_TORCH_CHECK(position.size(0) == c.batch, "position must have shape (batch,)");
   if (bias) {
@@ -177,7 +177,7 @@ DilatedConvUpdate dilated_conv_update_check(const Tensor& x, const Tensor& conv_
   }
   c.weight_stride = weight.stride(0);
   c.position_stride = position.stride(0);
-  out = torch::stable::new_empty(x, {c.batch, c.dim_out});
+  out = empty_matrix(x, c.batch, c.dim_out);
   c.x = x.data_ptr();
   c.conv_state = conv_state.data_ptr();
   c.weight = weight.data_ptr();

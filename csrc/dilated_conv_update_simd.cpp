@@ -109,12 +109,12 @@ AK_INLINE void all_dots(const void* weight_data, int64_t weight_stride, const fl
 
 }  // namespace
 
-void dilated_conv_dots(DotType dtype, const void* weight, int64_t weight_stride, const float* taps, int64_t n,
+void dilated_conv_dots(DilatedConvDtype dtype, const void* weight, int64_t weight_stride, const float* taps, int64_t n,
                        int64_t batch, int64_t first, int64_t last, float* sums, int64_t sums_stride) {
   switch (dtype) {
-    case DotType::bfloat16:
+    case DilatedConvDtype::bfloat16:
       return all_dots<BFloat16>(weight, weight_stride, taps, n, batch, first, last, sums, sums_stride);
-    case DotType::float16:
+    case DilatedConvDtype::float16:
       return all_dots<Float16>(weight, weight_stride, taps, n, batch, first, last, sums, sums_stride);
     default:
       return all_dots<Float32>(weight, weight_stride, taps, n, batch, first, last, sums, sums_stride);

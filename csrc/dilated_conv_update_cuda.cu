@@ -1,0 +1,134 @@
+// dilated_conv_update on a GPU: compiled for every architecture of the build, not yet run on one.
+// A warp forms one output at a time, lanes along a weight row, so that weights are read coalesced; sums are float32
+// (float64 for float64), in an order that depends on the sizes only.
+#include "dilated_conv_update_cuda.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace audiokernels {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int64_t kMaxBlocks = 65536;
+
+__device__ inline float to_sum(float v) { return v; }
+__device__ inline float to_sum(__half v) { return __half2float(v); }
+__device__ inline float to_sum(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline double to_sum(double v) { return v; }
+__device__ inline void from_sum(float v, float* out) { *out = v; }
+__device__ inline void from_sum(float v, __half* out) { *out = __float2half_rn(v); }
+__device__ inline void from_sum(float v, __nv_bfloat16* out) { *out = __float2bfloat16_rn(v); }
+__device__ inline void from_sum(double v, double* out) { *out = v; }
+
+template <class T>
+using Sum = decltype(to_sum(T{}));
+
+// The ring's slot of `steps` after a row's position; any int32 position gives a slot inside the ring.
+__device__ inline int64_t ring_slot(const DilatedConvUpdate& c, int64_t b, int64_t steps) {
+  const int64_t slot = (c.position[b * c.position_stride] + steps) % c.length;
+  return slot < 0 ? slot + c.length : slot;
+}
+
+// Tap j of batch row b, in the order of a weight row: channel j / width, tap j % width, the last one being x.
+template <class T>
+__device__ inline T tap(const DilatedConvUpdate& c, int64_t b, int64_t j) {
+  const int64_t i = j / c.width, k = j % c.width;
+  if (k == c.width - 1) return static_cast<const T*>(c.x)[b * c.x_stride[0] + i * c.x_stride[1]];
+  const int64_t at = b * c.state_stride[0] + ring_slot(c, b, k * c.dilation) * c.state_stride[1];
+  return static_cast<const T*>(c.conv_state)[at + i * c.state_stride[2]];
+}
+
+template <class T>
+__device__ inline void write_ring(const DilatedConvUpdate& c, int64_t b, int64_t i, T value) {
+  const int64_t at = b * c.state_stride[0] + ring_slot(c, b, 0) * c.state_stride[1] + i * c.state_stride[2];
+  static_cast<T*>(c.conv_state)[at] = value;
+}
+
+template <class S>
+__device__ inline S sum_warp(S v) {
+  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_down_sync(0xffffffffu, v, offset);
+  return v;
+}
+
+template <class T>
+__device__ inline void finish(const DilatedConvUpdate& c, int64_t b, int64_t r, Sum<T> sum) {
+  if (c.bias) sum += to_sum(static_cast<const T*>(c.bias)[r * c.bias_stride]);
+  from_sum(sum, static_cast<T*>(c.out) + b * c.dim_out + r);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) fused_kernel(const __grid_constant__ DilatedConvUpdate c) {
+  extern __shared__ double shared[];
+  Sum<T>* taps = reinterpret_cast<Sum<T>*>(shared);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int64_t b = blockIdx.x; b < c.batch; b += gridDim.x) {
+    for (int64_t j = threadIdx.x; j < c.taps; j += kThreads) taps[j] = to_sum(tap<T>(c, b, j));
+    __syncthreads();  // every tap is read before the oldest one is overwritten
+    if (c.width > 1) {
+      for (int64_t i = threadIdx.x; i < c.dim_in; i += kThreads) {
+        write_ring<T>(c, b, i, static_cast<const T*>(c.x)[b * c.x_stride[0] + i * c.x_stride[1]]);
+      }
+    }
+    for (int64_t r = warp; r < c.dim_out; r += kWarps) {
+      const T* row = static_cast<const T*>(c.weight) + r * c.weight_stride;
+      Sum<T> sum = 0;
+      for (int64_t j = lane; j < c.taps; j += 32) sum += to_sum(row[j]) * taps[j];
+      sum = sum_warp(sum);
+      if (lane == 0) finish<T>(c, b, r, sum);
+    }
+    __syncthreads();  // the next row's taps take the place of these
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__ DilatedConvUpdate c) {
+  const int lane = threadIdx.x % 32;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
+  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; at < c.batch * c.dim_out; at += step) {
+    const int64_t b = at / c.dim_out, r = at % c.dim_out;
+    const T* row = static_cast<const T*>(c.weight) + r * c.weight_stride;
+    Sum<T> sum = 0;
+    for (int64_t j = lane; j < c.taps; j += 32) sum += to_sum(row[j]) * to_sum(tap<T>(c, b, j));
+    sum = sum_warp(sum);
+    if (lane == 0) finish<T>(c, b, r, sum);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) ring_kernel(const __grid_constant__ DilatedConvUpdate c) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < c.batch * c.dim_in; at += step) {
+    const int64_t b = at / c.dim_in, i = at % c.dim_in;
+    write_ring<T>(c, b, i, static_cast<const T*>(c.x)[b * c.x_stride[0] + i * c.x_stride[1]]);
+  }
+}
+
+int blocks(int64_t n) { return static_cast<int>(n < kMaxBlocks ? n : kMaxBlocks); }
+
+template <class T>
+cudaError_t launch(const DilatedConvUpdate& c, DilatedConvUpdateKernel kernel, cudaStream_t stream) {
+  if (kernel == DilatedConvUpdateKernel::cuda_fused) {
+    if (c.batch > 0) fused_kernel<T><<<blocks(c.batch), kThreads, c.taps * sizeof(Sum<T>), stream>>>(c);
+    return cudaGetLastError();
+  }
+  const int64_t outputs = c.batch * c.dim_out, inputs = c.batch * c.dim_in;
+  if (outputs > 0) split_kernel<T><<<blocks((outputs + kWarps - 1) / kWarps), kThreads, 0, stream>>>(c);
+  if (c.width > 1 && inputs > 0) ring_kernel<T><<<blocks((inputs + kThreads - 1) / kThreads), kThreads, 0, stream>>>(c);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t dilated_conv_update_cuda(const DilatedConvUpdate& c, DilatedConvUpdateKernel kernel, DilatedConvDtype dtype,
+                                     cudaStream_t stream) {
+  switch (dtype) {
+    case DilatedConvDtype::float64: return launch<double>(c, kernel, stream);
+    case DilatedConvDtype::bfloat16: return launch<__nv_bfloat16>(c, kernel, stream);
+    case DilatedConvDtype::float16: return launch<__half>(c, kernel, stream);
+    default: return launch<float>(c, kernel, stream);
+  }
+}
+
+}  // namespace audiokernels
