@@ -4,6 +4,22 @@ from importlib.metadata import version as _version
 
 from audiokernels.backends import Explanation, backends, explain
 from audiokernels.dilated_conv_update import dilated_conv_update
+from audiokernels.philox import philox_uniform
+from audiokernels.wavenet_generate import wavenet_generate, wavenet_position, wavenet_state
+from audiokernels.wavenet_pack import WaveNetPack, WaveNetShape, wavenet_pack, wavenet_unpack
 
-__all__ = ["Explanation", "backends", "dilated_conv_update", "explain"]
+__all__ = [
+    "Explanation",
+    "WaveNetPack",
+    "WaveNetShape",
+    "backends",
+    "dilated_conv_update",
+    "explain",
+    "philox_uniform",
+    "wavenet_generate",
+    "wavenet_pack",
+    "wavenet_position",
+    "wavenet_state",
+    "wavenet_unpack",
+]
 __version__ = _version("audiokernels")

@@ -1,0 +1,254 @@
+"""WaveNet generation: one call draws n samples of `batch` streams, one pass over packed weights a sample.
+
+    x_0 = embedding[last code]
+    z   = sum_k W_k x_l[t - (width - 1 - k) d_l] + b_l + V_l condition,   h = tanh(z_a) * sigmoid(z_b)
+    x_l+1 = x_l + W_res h + b_res,    skip += W_skip h + b_skip
+    logits = W_out relu(W_head relu(skip) + b_head) + b_out,    code = inverse CDF of softmax(logits / T) at u
+
+van den Oord et al., "WaveNet: a generative model for raw audio" (arXiv 1609.03499); the ring of past layer inputs is
+that of Le Paine et al., "Fast WaveNet generation algorithm" (arXiv 1611.09482): O(layers) a sample instead of
+O(2^layers). The cost of a sample is reading the weights once (3.5 MB in float32 at 20 layers of 64 channels).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from audiokernels._library import C, C_error, lib
+from audiokernels.backends import REFERENCE, Explanation, describe
+from audiokernels.wavenet_pack import LANES, WaveNetPack, WaveNetShape, round_up, wavenet_unpack
+
+lib.define(
+    "wavenet_generate(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
+    "Tensor? condition, float temperature, bool return_logits) -> (Tensor, Tensor)"
+)
+
+HEADER = 16  # floats before the rings: position % 2^20, position // 2^20, last code, unused
+_POSITION_BASE = 1 << 20
+
+
+def state_floats(shape: WaveNetShape) -> int:
+    """float32 numbers of state a stream."""
+    return HEADER + (shape.width - 1) * sum(shape.dilations) * round_up(shape.residual, LANES)
+
+
+def wavenet_state(pack: WaveNetPack, batch: int) -> Tensor:
+    """A fresh state for `batch` streams: position 0, last code n_class // 2, all history zero.
+
+    Returns:
+        float32 (batch, n) on the pack's device. Row b is stream b, whole: index, clone, cat, save and restore rows
+        freely. It does not depend on the pack's dtype, only on its sizes.
+    """
+    if not isinstance(pack, WaveNetPack):
+        raise TypeError(f"pack must be a WaveNetPack, got {type(pack).__name__}")
+    if not isinstance(batch, int) or batch < 0:
+        raise ValueError(f"batch must be an integer >= 0, got {batch!r}")
+    state = torch.zeros(batch, state_floats(pack.shape), device=pack.data.device)
+    state[:, 2] = pack.shape.n_class // 2
+    return state
+
+
+def wavenet_position(state: Tensor) -> Tensor:
+    """Samples that each stream of a state has behind it: int64 (batch,)."""
+    return state[:, 0].to(torch.int64) + _POSITION_BASE * state[:, 1].to(torch.int64)
+
+
+def condition_frames(shape: WaveNetShape, state: Tensor, n: int) -> int:
+    """Frames of condition that the next n samples touch, counted from the frame that holds the position."""
+    if n == 0 or state.shape[0] == 0:
+        return 0
+    return int((wavenet_position(state) % shape.hop + n - 1).max()) // shape.hop + 1
+
+
+def wavenet_generate(
+    pack: WaveNetPack,
+    state: Tensor,
+    uniforms: Tensor,
+    *,
+    codes: Tensor | None = None,
+    condition: Tensor | None = None,
+    temperature: float = 1.0,
+    return_logits: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Draw the next n samples of every stream and advance `state` in place.
+
+    Args:
+        pack: from wavenet_pack.
+        state: from wavenet_state (or an earlier call), float32 (batch, ...), on the pack's device; mutated.
+        uniforms: float32 (batch, n) in [0, 1): one number draws one sample (see philox_uniform).
+        codes: integer (batch, m), m <= n: known codes, forced on the first m steps: a prompt, or teacher forcing with
+            m = n.
+        condition: float32 (batch, frames, condition_channels), raw; frame i holds for samples i * hop ..
+            (i + 1) * hop - 1 of the stream. Pass the frames that these n samples touch, the first one being that of
+            the state's position.
+        temperature: >= 0; logits are divided by it; 0 takes the largest logit.
+        return_logits: also return the logits.
+
+    Returns:
+        codes (batch, n), uint8 up to 256 classes, int16 above; with return_logits also float32
+        (batch, n, n_class), the logits from which codes[:, t] was drawn.
+        On one kernel the codes do not depend on chunking, batch position or threads; on the CPU in float32 and int8
+        not on the instruction set either.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and what came; the state is unchanged then.
+        RuntimeError: an input requires grad while grad mode is on (generation has no gradient).
+    """
+    if torch.is_grad_enabled():
+        for name, tensor in (("state", state), ("uniforms", uniforms), ("condition", condition)):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                raise RuntimeError(f"wavenet_generate has no gradient: {name} requires grad; detach it or use no_grad")
+    try:
+        out, logits = _op(
+            pack.data, pack.shape.to_ints(), state, uniforms, codes, condition, temperature, return_logits
+        )
+    except (RuntimeError, TypeError, AttributeError):
+        _check(pack, state, uniforms, codes, condition, temperature)
+        raise
+    return (out, logits) if return_logits else out
+
+
+def _check(pack, state, uniforms, codes, condition, temperature) -> None:
+    """Raise TypeError or ValueError for the first argument that breaks a rule of wavenet_generate."""
+    if not isinstance(pack, WaveNetPack):
+        raise TypeError(f"pack must be a WaveNetPack, got {type(pack).__name__}")
+    shape, device = pack.shape, pack.data.device
+    tensors = {"state": state, "uniforms": uniforms, "codes": codes, "condition": condition}
+    for name, tensor in tensors.items():
+        if tensor is None and name in ("codes", "condition"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if name == "codes":
+            if tensor.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
+                raise TypeError(f"codes must be uint8, int16, int32 or int64, got {tensor.dtype}")
+        elif tensor.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the pack's device {device}, got {tensor.device}")
+        ndim = 3 if name == "condition" else 2
+        if tensor.ndim != ndim:
+            raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
+    batch, n = uniforms.shape
+    if state.shape != (batch, state_floats(shape)):
+        expected = (batch, state_floats(shape))
+        raise ValueError(f"state must have shape {expected} for this pack and uniforms, got {tuple(state.shape)}")
+    if state.numel() and state.stride(1) != 1:
+        raise ValueError(f"state must be contiguous along its last dimension, got strides {state.stride()}")
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
+    if uniforms.numel() and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+        worst = uniforms[~((uniforms >= 0) & (uniforms < 1))][0].item()
+        raise ValueError(f"uniforms must be in [0, 1), got {worst}")
+    if codes is not None:
+        if codes.shape[0] != batch or codes.shape[1] > n:
+            raise ValueError(f"codes must have shape ({batch}, m <= {n}), got {tuple(codes.shape)}")
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < shape.n_class):
+            raise ValueError(f"codes must be in 0 .. {shape.n_class - 1}, got {int(codes.min())} .. {int(codes.max())}")
+    header = state[:, :3]
+    if header.numel() and not bool(((header >= 0) & (header == header.floor()) & (header < 2**24)).all()):
+        raise ValueError("state must come from wavenet_state: its header does not hold a position and a code")
+    if header.numel() and (float(header[:, 2].max()) >= shape.n_class or float(header[:, 0].max()) >= _POSITION_BASE):
+        raise ValueError(f"state must belong to a pack of {shape.n_class} classes, got code {float(header[:, 2].max())}")
+    if (condition is None) != (shape.condition == 0):
+        came = "None" if condition is None else f"shape {tuple(condition.shape)}"
+        raise ValueError(f"condition must be given exactly for a pack with condition channels, got {came}")
+    if condition is not None:
+        expected = (batch, condition_frames(shape, state, n), shape.condition)
+        if tuple(condition.shape) != expected:
+            raise ValueError(f"condition must have shape {expected} (hop {shape.hop}), got {tuple(condition.shape)}")
+
+
+def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Inverse CDF in float32: the first class whose cumulative probability exceeds the uniform number."""
+    if temperature == 0:
+        return logits.argmax(1)
+    p = torch.exp((logits - logits.amax(1, keepdim=True)) * (1 / temperature))
+    cdf = p.cumsum(1)
+    total = cdf[:, -1:]
+    return torch.minimum((cdf <= uniform[:, None] * total).sum(1), (cdf < total).sum(1))
+
+
+def wavenet_generate_ref(
+    data: Tensor,
+    shape_ints: list[int],
+    state: Tensor,
+    uniforms: Tensor,
+    codes: Tensor | None,
+    condition: Tensor | None,
+    temperature: float,
+    return_logits: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op in plain torch, any device: float32 arithmetic on the pack's weights, one step at a time."""
+    shape = WaveNetShape.from_ints(shape_ints)
+    _check(WaveNetPack(data, shape), state, uniforms, codes, condition, temperature)
+    batch, n = uniforms.shape
+    out = torch.empty(batch, n, dtype=shape.code_dtype, device=data.device)
+    logits_out = torch.empty((batch, n, shape.n_class) if return_logits else (0,), device=data.device)
+    if batch == 0 or n == 0:
+        return out, logits_out
+    w = wavenet_unpack(data, shape)
+    forced = 0 if codes is None else codes.shape[1]
+    rows, row_floats = torch.arange(batch, device=data.device), round_up(shape.residual, LANES)
+    position, code = wavenet_position(state), state[:, 2].to(torch.int64)
+    start, taps = position.clone(), range(shape.width - 1)
+    lengths = [(shape.width - 1) * d for d in shape.dilations]
+    rings = [
+        ring.unflatten(1, (-1, row_floats))[:, :, : shape.residual] if ring.shape[1] else None
+        for ring in state[:, HEADER:].split([row_floats * length for length in lengths], 1)
+    ]
+    for t in range(n):
+        x, skip = w["embedding"][code], 0.0
+        for layer, (d, ring, length) in enumerate(zip(shape.dilations, rings, lengths, strict=True)):
+            # A ring of (width - 1) d slots: the sample j d steps back lies j d slots behind the one to be written.
+            window = [ring[rows, (position - (shape.width - 1 - k) * d) % length] for k in taps] + [x]
+            z = F.linear(torch.stack(window, 2).flatten(1), w["conv_weight"][layer].flatten(1), w["conv_bias"][layer])
+            if condition is not None:
+                frame = torch.div(position, shape.hop, rounding_mode="floor") - torch.div(
+                    start, shape.hop, rounding_mode="floor"
+                )
+                z = z + F.linear(condition[rows, frame], w["condition_weight"][layer])
+            if ring is not None:
+                ring[rows, position % length] = x
+            a, b = z.chunk(2, 1)
+            h = torch.tanh(a) * torch.sigmoid(b)
+            skip = skip + F.linear(h, w["skip_weight"][layer], w["skip_bias"][layer])
+            if layer + 1 < len(rings):
+                x = x + F.linear(h, w["res_weight"][layer], w["res_bias"][layer])
+        head = F.relu(F.linear(F.relu(skip), w["head_weight"], w["head_bias"]))
+        logits = F.linear(head, w["out_weight"], w["out_bias"])
+        code = codes[:, t].to(torch.int64) if t < forced else _draw(logits, uniforms[:, t], temperature)
+        out[:, t] = code.to(out.dtype)
+        if return_logits:
+            logits_out[:, t] = logits
+        position = position + 1
+    state[:, 0], state[:, 1], state[:, 2] = position % _POSITION_BASE, position // _POSITION_BASE, code
+    return out, logits_out
+
+
+def _fake(data, shape_ints, state, uniforms, codes, condition, temperature, return_logits):
+    shape = WaveNetShape.from_ints(shape_ints)
+    batch, n = uniforms.shape
+    out = uniforms.new_empty((batch, n), dtype=shape.code_dtype)
+    return out, uniforms.new_empty((batch, n, shape.n_class) if return_logits else (0,))
+
+
+def _explain(pack: WaveNetPack, state: Tensor, uniforms: Tensor, **_) -> Explanation:
+    batch, n = uniforms.shape
+    name = str(pack.shape.dtype).removeprefix("torch.")
+    if pack.data.device.type == "cpu" and C is not None:
+        threads = min(batch, torch.get_num_threads())
+        kernel = f"C++ ({C.isa()}, {name})"
+        why = f"the compiled CPU kernel; {threads} thread(s), each with a part of the batch"
+    else:
+        kernel, why = REFERENCE, C_error or f"no {pack.data.device.type} kernel is written for it yet"
+    work = batch * n
+    return Explanation(kernel, why, 2 * pack.shape.macs() * work, pack.data.numel() * n)
+
+
+lib.impl("wavenet_generate", wavenet_generate_ref, "CompositeExplicitAutograd")
+torch.library.register_fake("audiokernels::wavenet_generate", _fake, lib=lib)
+describe("wavenet_generate", _explain)
+_op = torch.ops.audiokernels.wavenet_generate.default

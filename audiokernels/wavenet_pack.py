@@ -1,0 +1,297 @@
+"""WaveNet weights in the order in which a generation step streams them.
+
+A pack is one uint8 tensor. Every matrix is stored transposed, outputs in lanes (rows padded to 16), inputs ascending,
+so that one pass over memory computes one sample and no horizontal sum is ever needed:
+
+    embedding   float32 (n_class, R16)
+    condition   float32 (n_layer, C, Z)                  with condition_channels C > 0 only
+    per layer   conv: `width` taps of R inputs -> Z outputs, Z = 2 * H16 (tanh half | sigmoid half)
+                mix:  H inputs -> M outputs, M = R16 + S16 (residual | skip); the last layer has the skip part alone
+    head, out   S -> D, D -> n_class
+
+    matrix      bias float32 (rows16), then
+                float32:  (taps, K, rows16)
+                bfloat16: (taps, K / 2, rows16, 2)       K padded to even
+                int8:     scale float32 (taps, rows16), offset int32 (taps, rows16), (taps, K / 4, rows16, 4)
+                          K padded to a multiple of 4; offset = -128 * sum of the row, for kernels that feed
+                          the activations as unsigned bytes
+
+X16 is X rounded up to a multiple of 16; padding is zero. csrc/wavenet_generate.h reads the same layout.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LANES = 16
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+GROUP = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs that lie side by side in one 32-bit lane
+MAX_INPUTS = 65536  # 255 * 127 * inputs stays below 2^31
+
+
+def round_up(value: int, multiple: int) -> int:
+    return (value + multiple - 1) // multiple * multiple
+
+
+@dataclass(frozen=True)
+class WaveNetShape:
+    """Sizes of a packed WaveNet: residual R, hidden H (gate), skip S, head D, n_class, taps, condition C, hop."""
+
+    dtype: torch.dtype
+    residual: int
+    hidden: int
+    skip: int
+    head: int
+    n_class: int
+    width: int
+    condition: int
+    hop: int
+    dilations: tuple[int, ...]
+
+    def to_ints(self) -> list[int]:
+        """The form in which the op's schema carries the shape."""
+        sizes = [self.residual, self.hidden, self.skip, self.head, self.n_class, self.width, self.condition, self.hop]
+        return [DTYPES.index(self.dtype), *sizes, *self.dilations]
+
+    @staticmethod
+    def from_ints(ints: Sequence[int]) -> "WaveNetShape":
+        return WaveNetShape(DTYPES[ints[0]], *ints[1:9], dilations=tuple(ints[9:]))
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.n_class <= 256 else torch.int16
+
+    @property
+    def receptive_field(self) -> int:
+        return (self.width - 1) * sum(self.dilations) + 1
+
+    def matrices(self) -> Iterator[tuple[str, int, int, int]]:
+        """(name, outputs padded, taps, inputs) of every matrix, in memory order."""
+        rows, skip = round_up(self.residual, LANES), round_up(self.skip, LANES)
+        for layer in range(len(self.dilations)):
+            yield f"conv.{layer}", 2 * round_up(self.hidden, LANES), self.width, self.residual
+            last = layer + 1 == len(self.dilations)
+            yield f"mix.{layer}", skip if last else rows + skip, 1, self.hidden
+        yield "head", round_up(self.head, LANES), 1, self.skip
+        yield "out", round_up(self.n_class, LANES), 1, self.head
+
+    def matrix_bytes(self, rows: int, taps: int, inputs: int) -> int:
+        group = GROUP[self.dtype]
+        scales = 8 * taps * rows if self.dtype == torch.int8 else 0
+        return 4 * rows + scales + taps * round_up(inputs, group) // group * rows * 4
+
+    def table_floats(self) -> tuple[int, int]:
+        """float32 numbers in the embedding and in the condition table."""
+        condition = len(self.dilations) * self.condition * 2 * round_up(self.hidden, LANES)
+        return self.n_class * round_up(self.residual, LANES), condition
+
+    def pack_bytes(self) -> int:
+        return 4 * sum(self.table_floats()) + sum(self.matrix_bytes(*m[1:]) for m in self.matrices())
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one sample of one stream, padding and condition left out."""
+        layer = 2 * self.hidden * self.residual * self.width + self.hidden * (self.residual + self.skip)
+        top = self.skip * self.head + self.head * self.n_class
+        return len(self.dilations) * layer - self.hidden * self.residual + top
+
+
+@dataclass(frozen=True)
+class WaveNetPack:
+    """Packed weights of a WaveNet: `data` uint8 (n,), and the shape that explains them."""
+
+    data: Tensor
+    shape: WaveNetShape
+
+    def to(self, device: torch.device | str) -> "WaveNetPack":
+        return WaveNetPack(self.data.to(device), self.shape)
+
+
+def _pad(x: Tensor, dim: int, multiple: int) -> Tensor:
+    missing = round_up(x.shape[dim], multiple) - x.shape[dim]
+    if missing == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x, x.new_zeros(shape)], dim)
+
+
+def _to_bytes(x: Tensor) -> Tensor:
+    return x.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _pack_matrix(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """weight (rows, taps, inputs), bias (rows,), rows a multiple of 16 -> the matrix's sections as bytes."""
+    group = GROUP[dtype]
+    weight = _pad(weight, 2, group)
+    rows, taps, inputs = weight.shape
+    sections = [bias]
+    if dtype == torch.int8:
+        scale = weight.abs().amax(2).T.contiguous() / 127
+        quantized = (weight / torch.where(scale > 0, scale, 1).T[:, :, None]).round().clamp(-127, 127)
+        sections += [scale, (-128 * quantized.sum(2)).to(torch.int32).T]
+        weight = quantized
+    lanes = weight.permute(1, 2, 0).reshape(taps, inputs // group, group, rows).transpose(2, 3)
+    return [_to_bytes(section) for section in (*sections, lanes.to(dtype))]
+
+
+def _unpack_matrix(data: Tensor, rows: int, taps: int, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The inverse of _pack_matrix in float32: weight (rows, taps, inputs) as the kernel sees it, bias (rows,)."""
+    group = GROUP[dtype]
+    scales = 4 * taps * rows if dtype == torch.int8 else 0
+    parts = data.split([4 * rows, scales, scales, data.numel() - 4 * rows - 2 * scales])
+    bias = parts[0].view(torch.float32)
+    lanes = parts[3].view(dtype).reshape(taps, -1, rows, group).to(torch.float32)
+    weight = lanes.permute(2, 0, 1, 3).reshape(rows, taps, -1)[:, :, :inputs]
+    if dtype == torch.int8:
+        weight = weight * parts[1].view(torch.float32).reshape(taps, rows).T[:, :, None]
+    return weight, bias
+
+
+def wavenet_pack(
+    weights: Mapping[str, Tensor], dilations: Sequence[int], *, dtype: torch.dtype = torch.float32, hop: int = 1
+) -> WaveNetPack:
+    """Arrange a WaveNet's weights for wavenet_generate.
+
+    Args:
+        weights: float tensors on one device; H = hidden (gate) channels, C = condition channels:
+            embedding (n_class, R), conv_weight (n_layer, 2H, R, width) as in nn.Conv1d (last tap = current sample,
+            first H rows tanh, last H rows sigmoid), conv_bias (n_layer, 2H),
+            condition_weight (n_layer, 2H, C) (optional),
+            res_weight (n_layer - 1, R, H), res_bias (n_layer - 1, R): nothing reads the last layer's residual,
+            skip_weight (n_layer, S, H), skip_bias (n_layer, S),
+            head_weight (D, S), head_bias (D,), out_weight (n_class, D), out_bias (n_class,).
+        dilations: one integer >= 1 a layer, in order.
+        dtype: torch.float32, torch.bfloat16, or torch.int8 (one scale a row and tap; activations are quantised per
+            vector at run time, sums are exact in int32). Embedding, biases and condition weights stay float32.
+        hop: samples that one frame of the condition lasts.
+
+    Returns:
+        WaveNetPack, on the device of the weights.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and what came.
+    """
+    shape = _shape_of(weights, dilations, dtype, hop)
+    w = {name: tensor.detach().to(torch.float32) for name, tensor in weights.items()}
+    n_layer, hidden = len(shape.dilations), shape.hidden
+
+    def gate_rows(x: Tensor) -> Tensor:  # pads the tanh and the sigmoid half apart
+        return _pad(x.unflatten(0, (2, hidden)), 1, LANES).flatten(0, 1)
+
+    parts = [_to_bytes(_pad(w["embedding"], 1, LANES))]
+    if shape.condition:
+        parts.append(_to_bytes(torch.stack([gate_rows(layer).T for layer in w["condition_weight"]])))
+    for layer in range(n_layer):
+        conv = gate_rows(w["conv_weight"][layer]).transpose(1, 2)
+        parts += _pack_matrix(conv, gate_rows(w["conv_bias"][layer]), dtype)
+        mix = [_pad(w["skip_weight"][layer], 0, LANES)]
+        bias = [_pad(w["skip_bias"][layer], 0, LANES)]
+        if layer + 1 < n_layer:
+            mix.insert(0, _pad(w["res_weight"][layer], 0, LANES))
+            bias.insert(0, _pad(w["res_bias"][layer], 0, LANES))
+        parts += _pack_matrix(torch.cat(mix)[:, None], torch.cat(bias), dtype)
+    for name in ("head", "out"):
+        weight, bias_ = _pad(w[f"{name}_weight"], 0, LANES), _pad(w[f"{name}_bias"], 0, LANES)
+        parts += _pack_matrix(weight[:, None], bias_, dtype)
+    data = torch.cat(parts)
+    assert data.numel() == shape.pack_bytes(), (data.numel(), shape.pack_bytes())
+    return WaveNetPack(data, shape)
+
+
+def wavenet_unpack(data: Tensor, shape: WaveNetShape) -> dict[str, Tensor]:
+    """The float32 weights that a pack holds (rounded to its dtype), under the names of wavenet_pack."""
+    matrices = {name: (rows, taps, inputs) for name, rows, taps, inputs in shape.matrices()}
+    n_embedding, n_condition = shape.table_floats()
+    sizes = [4 * n_embedding, 4 * n_condition, *(shape.matrix_bytes(*m) for m in matrices.values())]
+    embedding, condition, *sections = data.split(sizes)
+    unpacked = {
+        name: _unpack_matrix(section, *m, shape.dtype)
+        for (name, m), section in zip(matrices.items(), sections, strict=True)
+    }
+    layers, hidden = range(len(shape.dilations)), shape.hidden
+
+    def gate_rows(x: Tensor) -> Tensor:
+        return x.unflatten(0, (2, -1))[:, :hidden].flatten(0, 1)
+
+    conv = [unpacked[f"conv.{layer}"] for layer in layers]
+    mix = [unpacked[f"mix.{layer}"] for layer in layers]
+    skip_rows = round_up(shape.skip, LANES)
+    weights = {
+        "embedding": embedding.view(torch.float32).view(shape.n_class, -1)[:, : shape.residual],
+        "conv_weight": torch.stack([gate_rows(w).transpose(1, 2) for w, _ in conv]),
+        "conv_bias": torch.stack([gate_rows(b) for _, b in conv]),
+        "res_weight": torch.stack([w[: shape.residual, 0] for w, _ in mix[:-1]] or [mix[0][0][:0, 0]])[: len(mix) - 1],
+        "res_bias": torch.stack([b[: shape.residual] for _, b in mix[:-1]] or [mix[0][1][:0]])[: len(mix) - 1],
+        "skip_weight": torch.stack([w[-skip_rows:, 0][: shape.skip] for w, _ in mix]),
+        "skip_bias": torch.stack([b[-skip_rows:][: shape.skip] for _, b in mix]),
+    }
+    for name, rows in (("head", shape.head), ("out", shape.n_class)):
+        weights[f"{name}_weight"], weights[f"{name}_bias"] = unpacked[name][0][:rows, 0], unpacked[name][1][:rows]
+    if shape.condition:
+        table = condition.view(torch.float32).view(len(layers), shape.condition, -1)
+        weights["condition_weight"] = torch.stack([gate_rows(layer.T) for layer in table])
+    return weights
+
+
+def _shape_of(weights: Mapping[str, Tensor], dilations: Sequence[int], dtype: torch.dtype, hop: int) -> WaveNetShape:
+    """Check wavenet_pack's arguments and read the sizes off them."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.int8, got {dtype}")
+    if not isinstance(hop, int) or hop < 1:
+        raise ValueError(f"hop must be an integer >= 1, got {hop!r}")
+    dilations = tuple(dilations)
+    if not dilations or any(not isinstance(d, int) or d < 1 for d in dilations):
+        raise ValueError(f"dilations must be integers >= 1, one a layer, got {list(dilations)}")
+    for name in ("embedding", "conv_weight", "skip_weight", "head_weight"):
+        if name not in weights:
+            raise ValueError(f"weights must hold {name!r}, got {sorted(weights)}")
+        ndim = {"conv_weight": 4, "skip_weight": 3}.get(name, 2)
+        if not isinstance(weights[name], Tensor) or weights[name].ndim != ndim:
+            came = tuple(weights[name].shape) if isinstance(weights[name], Tensor) else type(weights[name]).__name__
+            raise ValueError(f"weights[{name!r}] must be a tensor of {ndim} dimensions, got {came}")
+    n_layer = len(dilations)
+    n_class, residual = weights["embedding"].shape
+    gate, width = weights["conv_weight"].shape[1], weights["conv_weight"].shape[3]
+    skip, head = weights["skip_weight"].shape[1], weights["head_weight"].shape[0]
+    condition = weights["condition_weight"].shape[-1] if "condition_weight" in weights else 0
+    if gate % 2:
+        raise ValueError(f"weights['conv_weight'] must have an even number of rows (tanh | sigmoid), got {gate}")
+    hidden = gate // 2
+    expected = {
+        "embedding": (n_class, residual),
+        "conv_weight": (n_layer, gate, residual, width),
+        "conv_bias": (n_layer, gate),
+        "res_weight": (n_layer - 1, residual, hidden),
+        "res_bias": (n_layer - 1, residual),
+        "skip_weight": (n_layer, skip, hidden),
+        "skip_bias": (n_layer, skip),
+        "head_weight": (head, skip),
+        "head_bias": (head,),
+        "out_weight": (n_class, head),
+        "out_bias": (n_class,),
+    }
+    if condition:
+        expected["condition_weight"] = (n_layer, gate, condition)
+    if set(weights) != set(expected):
+        missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+        raise ValueError(f"weights must hold exactly {sorted(expected)}; missing {missing}, unknown {extra}")
+    devices = set()
+    for name, size in expected.items():
+        tensor = weights[name]
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"weights[{name!r}] must be a float tensor, got {getattr(tensor, 'dtype', type(tensor))}")
+        if tuple(tensor.shape) != size:
+            raise ValueError(f"weights[{name!r}] must have shape {size}, got {tuple(tensor.shape)}")
+        devices.add(tensor.device)
+    if len(devices) > 1:
+        raise ValueError(f"weights must lie on one device, got {sorted(map(str, devices))}")
+    if not 2 <= n_class <= 32768:
+        raise ValueError(f"weights['embedding'] must have 2 .. 32768 rows (classes), got {n_class}")
+    for name, size in (("residual", residual), ("hidden", hidden), ("skip", skip), ("head", head), ("width", width)):
+        if not 1 <= size <= MAX_INPUTS:
+            raise ValueError(f"weights: {name} channels must be 1 .. {MAX_INPUTS}, got {size}")
+    if condition > MAX_INPUTS:
+        raise ValueError(f"weights: condition channels must be at most {MAX_INPUTS}, got {condition}")
+    return WaveNetShape(dtype, residual, hidden, skip, head, n_class, width, condition, hop, dilations)

@@ -1,0 +1,136 @@
+// The float vector of the instruction set that a *_simd.cpp file is being compiled for.
+//
+// Everything here is deterministic over instruction sets: lanes never mix, fma rounds once everywhere, and exp is the
+// same polynomial. Only static functions: an inline one compiled for AVX-512 could be the copy that the linker keeps.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace audiokernels {
+namespace AUDIOKERNELS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+typedef float VFloat __attribute__((vector_size(64)));
+typedef int32_t VInt __attribute__((vector_size(64)));
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+typedef float VFloat __attribute__((vector_size(32)));
+typedef int32_t VInt __attribute__((vector_size(32)));
+#else
+constexpr int kLanes = 4;
+typedef float VFloat __attribute__((vector_size(16)));
+typedef int32_t VInt __attribute__((vector_size(16)));
+#endif
+
+#define AK_INLINE static inline __attribute__((always_inline))
+
+AK_INLINE VFloat load(const float* p) {
+  VFloat v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+AK_INLINE VInt load_int(const void* p) {
+  VInt v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+AK_INLINE void store(float* p, VFloat v) { memcpy(p, &v, sizeof v); }
+AK_INLINE void store_int(void* p, VInt v) { memcpy(p, &v, sizeof v); }
+AK_INLINE VFloat splat(float x) { return x - VFloat{}; }
+AK_INLINE VInt splat_int(int32_t x) { return x - VInt{}; }
+// As the instructions do it: b if either is NaN.
+#if defined(__AVX512F__)
+AK_INLINE VFloat max(VFloat a, VFloat b) { return _mm512_maskz_max_ps(0xFFFF, a, b); }
+AK_INLINE VFloat min(VFloat a, VFloat b) { return _mm512_maskz_min_ps(0xFFFF, a, b); }
+#elif defined(__AVX2__)
+AK_INLINE VFloat max(VFloat a, VFloat b) { return _mm256_max_ps(a, b); }
+AK_INLINE VFloat min(VFloat a, VFloat b) { return _mm256_min_ps(a, b); }
+#else
+AK_INLINE VFloat max(VFloat a, VFloat b) { return a > b ? a : b; }
+AK_INLINE VFloat min(VFloat a, VFloat b) { return a < b ? a : b; }
+#endif
+AK_INLINE VFloat abs(VFloat v) { return (VFloat)((VInt)v & splat_int(0x7FFFFFFF)); }
+AK_INLINE VFloat to_float(VInt v) { return __builtin_convertvector(v, VFloat); }
+
+// The largest lane.
+AK_INLINE float reduce_max(VFloat v) {
+  float lanes[kLanes];
+  memcpy(lanes, &v, sizeof v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
+}
+
+// a * b + c, rounded once.
+#if defined(__AVX512F__)
+AK_INLINE VFloat fma(VFloat a, VFloat b, VFloat c) { return _mm512_fmadd_ps(a, b, c); }
+#elif defined(__AVX2__)
+AK_INLINE VFloat fma(VFloat a, VFloat b, VFloat c) { return _mm256_fmadd_ps(a, b, c); }
+#elif defined(__FP_FAST_FMAF)
+AK_INLINE VFloat fma(VFloat a, VFloat b, VFloat c) {
+  VFloat r;
+  for (int i = 0; i < kLanes; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return r;
+}
+#else
+// No fused instruction: the product is exact in double; the sum is rounded to odd there (Boldo and Melquiond, 2008),
+// which makes the final rounding to float the only one.
+typedef float HalfFloat __attribute__((vector_size(8)));
+typedef double VDouble __attribute__((vector_size(16)));
+typedef int64_t VLong __attribute__((vector_size(16)));
+AK_INLINE HalfFloat fma_half(HalfFloat a, HalfFloat b, HalfFloat c) {
+  const VDouble p = __builtin_convertvector(a, VDouble) * __builtin_convertvector(b, VDouble);
+  const VDouble z = __builtin_convertvector(c, VDouble);
+  const VDouble s = p + z;
+  const VDouble t = s - p;
+  const VDouble error = (p - (s - t)) + (z - t);  // s + error = p + z exactly (Knuth's two-sum)
+  const VLong bits = (VLong)s;
+  const VLong step = ((error > 0) == (s > 0)) ? VLong{1, 1} : VLong{-1, -1};
+  const VLong fix = (error != 0) & ((bits & 1) == 0);
+  return __builtin_convertvector((VDouble)(bits + (fix & step)), HalfFloat);
+}
+AK_INLINE VFloat fma(VFloat a, VFloat b, VFloat c) {
+  const HalfFloat low = fma_half(HalfFloat{a[0], a[1]}, HalfFloat{b[0], b[1]}, HalfFloat{c[0], c[1]});
+  const HalfFloat high = fma_half(HalfFloat{a[2], a[3]}, HalfFloat{b[2], b[3]}, HalfFloat{c[2], c[3]});
+  return VFloat{low[0], low[1], high[0], high[1]};
+}
+#endif
+
+// Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
+constexpr float kRound = 12582912.0f;
+constexpr int32_t kRoundBits = 0x4B400000;
+AK_INLINE VInt round_to_int(VFloat x) { return (VInt)(x + splat(kRound)) - splat_int(kRoundBits); }
+
+// exp(x) for x in [-87, 88], within 1.1 half-ulps before the last rounding; outside, the value at the end.
+AK_INLINE VFloat exp(VFloat x) {
+  x = max(min(x, splat(88.0f)), splat(-87.0f));
+  const VFloat t = fma(x, splat(0x1.715476p+0f), splat(kRound));  // x / ln 2, rounded, in the low bits
+  const VFloat n = t - splat(kRound);
+  VFloat r = fma(n, splat(-0x1.62e4p-1f), x);  // ln 2 in two parts, the first one with zeros at its end
+  r = fma(n, splat(-0x1.7f7d1cp-20f), r);
+  VFloat p = splat(0x1.6d4386p-10f);
+  p = fma(p, r, splat(0x1.120ba6p-7f));
+  p = fma(p, r, splat(0x1.5554e8p-5f));
+  p = fma(p, r, splat(0x1.5554dcp-3f));
+  p = fma(p, r, splat(0x1p-1f));
+  p = fma(p, r, splat(1.0f));
+  p = fma(p, r, splat(1.0f));
+  return (VFloat)((VInt)p + ((VInt)t << 23));
+}
+
+// tanh(a) * sigmoid(b) with one division; beyond +-15 and +-30 they are constant in float32.
+AK_INLINE VFloat gate(VFloat a, VFloat b) {
+  const VFloat one = splat(1.0f);
+  const VFloat ea = exp(max(min(a * splat(-2.0f), splat(30.0f)), splat(-30.0f)));
+  const VFloat eb = exp(max(min(-b, splat(30.0f)), splat(-30.0f)));
+  return (one - ea) / ((one + ea) * (one + eb));
+}
+
+}  // namespace AUDIOKERNELS_ISA
+}  // namespace audiokernels
