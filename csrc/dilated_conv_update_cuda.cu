@@ -25,25 +25,38 @@ __device__ inline void from_sum(double v, double* out) { *out = v; }
 template <class T>
 using Sum = decltype(to_sum(T{}));
 
-// The ring's slot of `steps` after a row's position; any int32 position gives a slot inside the ring.
+// The ring's slot `steps` after a row's position, 0 <= steps < length; any int32 position gives a slot inside the ring.
 __device__ inline int64_t ring_slot(const DilatedConvUpdate& c, int64_t b, int64_t steps) {
-  const int64_t slot = (c.position[b * c.position_stride] + steps) % c.length;
-  return slot < 0 ? slot + c.length : slot;
+  const int32_t position = c.position[b * c.position_stride];
+  const int64_t first = c.length > INT32_MAX ? position : position % static_cast<int32_t>(c.length);
+  const int64_t slot = first + steps + (first < 0 ? c.length : 0);
+  return slot < c.length ? slot : slot - c.length;
 }
 
-// Tap j of batch row b, in the order of a weight row: channel j / width, tap j % width, the last one being x.
+// The inputs that tap k of batch row b meets: the last tap meets x, the others a slot of the ring.
 template <class T>
-__device__ inline T tap(const DilatedConvUpdate& c, int64_t b, int64_t j) {
-  const int64_t i = j / c.width, k = j % c.width;
-  if (k == c.width - 1) return static_cast<const T*>(c.x)[b * c.x_stride[0] + i * c.x_stride[1]];
-  const int64_t at = b * c.state_stride[0] + ring_slot(c, b, k * c.dilation) * c.state_stride[1];
-  return static_cast<const T*>(c.conv_state)[at + i * c.state_stride[2]];
-}
+struct Inputs {
+  const T* data;
+  int64_t stride;
+
+  __device__ Inputs(const DilatedConvUpdate& c, int64_t b, int64_t k) {
+    if (k == c.width - 1) {
+      data = static_cast<const T*>(c.x) + b * c.x_stride[0];
+      stride = c.x_stride[1];
+    } else {
+      const int64_t slot = ring_slot(c, b, k * c.dilation);
+      data = static_cast<const T*>(c.conv_state) + b * c.state_stride[0] + slot * c.state_stride[1];
+      stride = c.state_stride[2];
+    }
+  }
+  __device__ T operator[](int64_t i) const { return data[i * stride]; }
+};
 
 template <class T>
-__device__ inline void write_ring(const DilatedConvUpdate& c, int64_t b, int64_t i, T value) {
-  const int64_t at = b * c.state_stride[0] + ring_slot(c, b, 0) * c.state_stride[1] + i * c.state_stride[2];
-  static_cast<T*>(c.conv_state)[at] = value;
+__device__ inline void write_ring(const DilatedConvUpdate& c, int64_t b, int64_t first, int64_t step) {
+  const Inputs<T> x(c, b, c.width - 1);
+  T* oldest = static_cast<T*>(c.conv_state) + b * c.state_stride[0] + ring_slot(c, b, 0) * c.state_stride[1];
+  for (int64_t i = first; i < c.dim_in; i += step) oldest[i * c.state_stride[2]] = x[i];
 }
 
 template <class S>
@@ -64,13 +77,12 @@ __global__ void __launch_bounds__(kThreads) fused_kernel(const __grid_constant__
   Sum<T>* taps = reinterpret_cast<Sum<T>*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int64_t b = blockIdx.x; b < c.batch; b += gridDim.x) {
-    for (int64_t j = threadIdx.x; j < c.taps; j += kThreads) taps[j] = to_sum(tap<T>(c, b, j));
-    __syncthreads();  // every tap is read before the oldest one is overwritten
-    if (c.width > 1) {
-      for (int64_t i = threadIdx.x; i < c.dim_in; i += kThreads) {
-        write_ring<T>(c, b, i, static_cast<const T*>(c.x)[b * c.x_stride[0] + i * c.x_stride[1]]);
-      }
+    for (int64_t k = 0; k < c.width; k++) {
+      const Inputs<T> inputs(c, b, k);
+      for (int64_t i = threadIdx.x; i < c.dim_in; i += kThreads) taps[i * c.width + k] = to_sum(inputs[i]);
     }
+    __syncthreads();  // every tap is read before the oldest one is overwritten
+    if (c.width > 1) write_ring<T>(c, b, threadIdx.x, kThreads);
     for (int64_t r = warp; r < c.dim_out; r += kWarps) {
       const T* row = static_cast<const T*>(c.weight) + r * c.weight_stride;
       Sum<T> sum = 0;
@@ -90,7 +102,10 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
     const int64_t b = at / c.dim_out, r = at % c.dim_out;
     const T* row = static_cast<const T*>(c.weight) + r * c.weight_stride;
     Sum<T> sum = 0;
-    for (int64_t j = lane; j < c.taps; j += 32) sum += to_sum(row[j]) * to_sum(tap<T>(c, b, j));
+    for (int64_t k = 0; k < c.width; k++) {  // the second tap finds the row's cache lines loaded
+      const Inputs<T> inputs(c, b, k);
+      for (int64_t i = lane; i < c.dim_in; i += 32) sum += to_sum(row[i * c.width + k]) * to_sum(inputs[i]);
+    }
     sum = sum_warp(sum);
     if (lane == 0) finish<T>(c, b, r, sum);
   }
@@ -98,11 +113,7 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) ring_kernel(const __grid_constant__ DilatedConvUpdate c) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; at < c.batch * c.dim_in; at += step) {
-    const int64_t b = at / c.dim_in, i = at % c.dim_in;
-    write_ring<T>(c, b, i, static_cast<const T*>(c.x)[b * c.x_stride[0] + i * c.x_stride[1]]);
-  }
+  for (int64_t b = blockIdx.x; b < c.batch; b += gridDim.x) write_ring<T>(c, b, threadIdx.x, kThreads);
 }
 
 int blocks(int64_t n) { return static_cast<int>(n < kMaxBlocks ? n : kMaxBlocks); }
@@ -113,9 +124,9 @@ cudaError_t launch(const DilatedConvUpdate& c, DilatedConvUpdateKernel kernel, c
     if (c.batch > 0) fused_kernel<T><<<blocks(c.batch), kThreads, c.taps * sizeof(Sum<T>), stream>>>(c);
     return cudaGetLastError();
   }
-  const int64_t outputs = c.batch * c.dim_out, inputs = c.batch * c.dim_in;
+  const int64_t outputs = c.batch * c.dim_out;
   if (outputs > 0) split_kernel<T><<<blocks((outputs + kWarps - 1) / kWarps), kThreads, 0, stream>>>(c);
-  if (c.width > 1 && inputs > 0) ring_kernel<T><<<blocks((inputs + kThreads - 1) / kThreads), kThreads, 0, stream>>>(c);
+  if (c.width > 1 && c.batch > 0) ring_kernel<T><<<blocks(c.batch), kThreads, 0, stream>>>(c);
   return cudaGetLastError();
 }
 
