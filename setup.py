@@ -40,11 +40,16 @@ def run(*command: object) -> None:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
+        import fcntl  # nothing is compiled where there is none
+
         os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")  # pip may run with its bin/ not on PATH
         ninja = shutil.which("ninja")  # named each time: pip's isolated one is gone at the next build
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else ["-G", "Unix Makefiles"]
         tag = sys.implementation.cache_tag + ("" if ninja else "-make") + ("-debug" if DEBUG else "")
         folder = ROOT / "build" / f"cmake-{tag}"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")  # held until this function returns: one build at a time in a folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
         run("cmake", "-S", ROOT, "-B", folder, *generator, f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if DEBUG else 'Release'}", f"-DAUDIOKERNELS_CUDA={CUDA}")  # fmt: skip
         run("cmake", "--build", folder, "--parallel")

@@ -8,9 +8,9 @@ namespace {
 
 Tensor dilated_conv_update(Tensor x, Tensor conv_state, Tensor weight, std::optional<Tensor> bias, Tensor position,
                            int64_t dilation) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Tensor out = x;
   const DilatedConvUpdate call = dilated_conv_update_check(x, conv_state, weight, bias, position, dilation, out);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   int multiprocessors = 0;
   const cudaError_t queried =
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device_index());
