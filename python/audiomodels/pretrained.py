@@ -1,0 +1,97 @@
+"""save_pretrained and from_pretrained of every model: a folder with config.json and model.safetensors, nothing else.
+
+huggingface_hub's PyTorchModelHubMixin writes the folder (and can push it to a hub). Reading is stricter than the
+mixin's: the folder must exist, every tensor's name, shape and dtype is compared with the config before memory is taken,
+and no pickle is ever read, whatever the folder holds.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from audiomodels._optional import require
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class ModelError(Exception):
+    """A folder that does not hold the model asked for; the message names the file and the rule."""
+
+
+class Pretrained(require("huggingface_hub").PyTorchModelHubMixin):
+    """Base of a model whose __init__ takes one dataclass, `config`, and whose class names it in `config_class`."""
+
+    config_class: type
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **options):
+        """Write config.json and model.safetensors into a folder, which is made if need be (and a README.md card)."""
+        url = super().save_pretrained(save_directory, **options)
+        shutil.copymode(Path(save_directory) / CONFIG, Path(save_directory) / WEIGHTS)  # safetensors makes it 0600
+        return url
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, *, device: torch.device | str = "cpu"):
+        """The model that `save_pretrained(folder)` wrote, in evaluation mode, with float32 weights.
+
+        Raises:
+            ModelError: no such folder, no such file, a damaged file, or one that belongs to another model.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ModelError(
+                f"{folder}: no such folder; it must hold {CONFIG} and {WEIGHTS}, as save_pretrained writes"
+            )
+        config = _read_config(folder / CONFIG, cls.config_class)
+        with torch.device("meta"):  # shapes only
+            model = cls(config)
+        weights = _read_weights(folder / WEIGHTS, model.state_dict(), device)
+        model.load_state_dict(weights, strict=True, assign=True)
+        return model.eval()
+
+
+def _read_config(path: Path, config_class: type):
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ModelError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, so it is no config")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+    known = {field.name for field in fields(config_class)}
+    if not isinstance(config, dict) or not known & set(config):
+        raise ModelError(f"{path}: not a {config_class.__name__}")
+    if unknown := sorted(set(config) - known):
+        raise ModelError(f"{path}: not a {config_class.__name__}: unknown {', '.join(map(repr, unknown[:5]))}")
+    try:
+        return config_class(**config)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def _read_weights(path: Path, expected: dict[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file (weights are read from safetensors only)")
+    safetensors = require("safetensors")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if names != set(expected):
+                missing, extra = sorted(set(expected) - names)[:3], sorted(names - set(expected))[:3]
+                raise ModelError(f"{path}: other tensors than the config asks for; missing {missing}, unknown {extra}")
+            for name, tensor in expected.items():
+                header = file.get_slice(name)
+                shape, dtype = tuple(header.get_shape()), header.get_dtype()
+                if shape != tuple(tensor.shape) or dtype not in ("F32", "BF16", "F16"):
+                    raise ModelError(
+                        f"{path}: {name} must be float of shape {tuple(tensor.shape)}, got {dtype} {shape}"
+                    )
+            # A copy: the file's own pages must not change under the model when the file is replaced.
+            return {name: file.get_tensor(name).to(device, torch.float32, copy=True) for name in expected}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as safetensors: {error}") from error
