@@ -7,10 +7,11 @@ import pickle
 import pytest
 
 pytest.importorskip("huggingface_hub")
-import audiokernels
 import torch
 from audiomodels.pretrained import ModelError
 from audiomodels.wavenet import WaveNet, WaveNetConfig
+
+import audiokernels
 
 SMALL = {"n_layer": 6, "dilation_cycle": 3, "residual_channels": 12, "skip_channels": 20, "head_channels": 24}
 VARIANTS = {

@@ -15,12 +15,13 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import audiokernels
 import torch
-from audiomodels._optional import require
-from audiomodels.pretrained import Pretrained
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import audiokernels
+from audiomodels._optional import require
+from audiomodels.pretrained import Pretrained
 
 MAX_PARAMETERS = 1_000_000_000
 LABEL_HOP = 1 << 20  # samples that a frame lasts where the label, which never changes, is the whole condition
