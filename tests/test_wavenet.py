@@ -10,6 +10,7 @@ pytest.importorskip("huggingface_hub")
 import torch
 from audiomodels.pretrained import ModelError
 from audiomodels.wavenet import WaveNet, WaveNetConfig
+from torch.nn import functional as F
 
 import audiokernels
 
@@ -216,9 +217,7 @@ def test_learns_a_pattern():
     codes = torch.arange(400).remainder(11)[None]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     for _ in range(60):
-        loss = torch.nn.functional.cross_entropy(
-            model(codes[:, :-1], length=300).flatten(0, 1), codes[:, -300:].flatten()
-        )
+        loss = F.cross_entropy(model(codes[:, :-1], length=300).flatten(0, 1), codes[:, -300:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -244,14 +244,14 @@ class WaveNet(nn.Module, Pretrained):
             progress: show a bar.
             options: condition, label, temperature, seed, batch, dtype: see `stream`, whose blocks these codes are.
         """
-        blocks = [
-            torch.empty(options.get("batch", 1), 0, dtype=torch.uint8 if self.config.n_class <= 256 else torch.int16)
-        ]
+        dtype = torch.uint8 if self.config.n_class <= 256 else torch.int16
+        codes, done = torch.empty(options.get("batch", 1), max(0, n), dtype=dtype, device=self.out.weight.device), 0
         with require("tqdm").tqdm(total=n, unit="sample", unit_scale=True, disable=not progress) as bar:
             for block in self.stream(n, prompt, **options):
-                blocks.append(block)
+                codes[:, done : done + block.shape[1]] = block
+                done += block.shape[1]
                 bar.update(block.shape[1])
-        return torch.cat(blocks[1:] or blocks, dim=1)
+        return codes
 
     @torch.no_grad()
     def stream(
