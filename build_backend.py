@@ -61,7 +61,7 @@ def _compile_requires() -> list[str]:
     if why_not_compiled():
         return []
     tools = ["cmake>=3.25", "ninja", "pybind11>=3"]
-    return tools if find_torch_include() else [*tools, "torch>=%d.%d" % MINIMUM_TORCH]
+    return tools if find_torch_include() else [*tools, "torch>={}.{}".format(*MINIMUM_TORCH)]
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -22,7 +22,7 @@ lib.define(
 def dilated_conv_update(
     x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, *, dilation: int
 ) -> Tensor:
-    """The next output of `nn.Conv1d(dim_in, dim_out, width, dilation=dilation)` with zeros (or a state) before the input.
+    """The next output of `nn.Conv1d(dim_in, dim_out, width, dilation=dilation)` over all inputs so far.
 
     Sums are float32 (float64 for float64). Call it under torch.inference_mode(): it has no gradient.
 
