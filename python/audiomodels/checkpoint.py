@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._optional import require
+from audiomodels._optional import require
 
 __all__ = ["CheckpointError", "checkpoints", "clean", "latest", "load", "lock", "on_rank0", "save", "unwrap"]
 

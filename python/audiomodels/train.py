@@ -35,8 +35,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checkpoint
-from ._optional import require
+from audiomodels import checkpoint
+from audiomodels._optional import require
 
 __all__ = ["History", "Scores", "TrainConfig", "TrainingError", "evaluate", "fit", "target_blocks"]
 
