@@ -46,8 +46,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return audiokernels::isa_name(audiokernels::isa()); }, "The instruction set in use.");
   m.def("set_isa", &audiokernels::set_isa, py::arg("name"),
         "Use the objects of another instruction set (the tests' hook). ValueError if this processor lacks it.");
-  m.def("supported_isas", [] { return py::tuple(py::cast(audiokernels::supported_isas())); },
-        "The instruction sets that this processor has, the best last.");
+  m.def(
+      "supported_isas", [] { return py::tuple(py::cast(audiokernels::supported_isas())); },
+      "The instruction sets that this processor has, the best last.");
   m.def("dilated_conv_update_plan", &dilated_conv_update_plan, py::arg("cuda"), py::arg("float64"), py::arg("batch"),
         py::arg("dim_out"), py::arg("taps"), py::arg("multiprocessors"),
         "(kernel, why) of a dilated_conv_update call; taps = dim_in * width.");

@@ -31,16 +31,16 @@ inline DilatedConvUpdateKernel dilated_conv_update_plan(bool cuda, bool float64,
   if (!cuda) return float64 ? DilatedConvUpdateKernel::cpu_loop : DilatedConvUpdateKernel::cpu_simd;
   const bool fits = taps <= (48 << 10) / (float64 ? 8 : 4);
   return fits && (dim_out * taps <= 32768 || batch >= multiprocessors) ? DilatedConvUpdateKernel::cuda_fused
-                                                                      : DilatedConvUpdateKernel::cuda_split;
+                                                                       : DilatedConvUpdateKernel::cuda_split;
 }
 
 enum class DilatedConvDtype { float32, bfloat16, float16, float64 };
 
 // sums[b * sums_stride + r] = sum_j weight[r * weight_stride + j] * taps[b * n + j] for r in [first, last).
-#define AUDIOKERNELS_DECLARE(isa)                                                                             \
-  namespace isa {                                                                                             \
-  void dilated_conv_dots(DilatedConvDtype dtype, const void* weight, int64_t weight_stride, const float* taps, int64_t n, \
-                         int64_t batch, int64_t first, int64_t last, float* sums, int64_t sums_stride);       \
+#define AUDIOKERNELS_DECLARE(isa)                                                                                  \
+  namespace isa {                                                                                                  \
+  void dilated_conv_dots(DilatedConvDtype dtype, const void* weight, int64_t weight_stride, const float* taps,     \
+                         int64_t n, int64_t batch, int64_t first, int64_t last, float* sums, int64_t sums_stride); \
   }
 AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_DECLARE)
 #undef AUDIOKERNELS_DECLARE
@@ -55,8 +55,8 @@ namespace audiokernels {
 // Checks a call on either device (std::runtime_error naming the argument and the rule) and allocates its result;
 // `weight` is replaced by a contiguous copy if a row of it is not.
 DilatedConvUpdate dilated_conv_update_check(const Tensor& x, const Tensor& conv_state, Tensor& weight,
-                                            const std::optional<Tensor>& bias, const Tensor& position,
-                                            int64_t dilation, Tensor& out);
+                                            const std::optional<Tensor>& bias, const Tensor& position, int64_t dilation,
+                                            Tensor& out);
 
 inline DilatedConvDtype dilated_conv_dtype(ScalarType dtype) {
   switch (dtype) {

@@ -128,8 +128,8 @@ Tensor dilated_conv_update(Tensor x, Tensor conv_state, Tensor weight, std::opti
 }  // namespace
 
 DilatedConvUpdate dilated_conv_update_check(const Tensor& x, const Tensor& conv_state, Tensor& weight,
-                                            const std::optional<Tensor>& bias, const Tensor& position,
-                                            int64_t dilation, Tensor& out) {
+                                            const std::optional<Tensor>& bias, const Tensor& position, int64_t dilation,
+                                            Tensor& out) {
   DilatedConvUpdate c{};
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
@@ -145,9 +145,9 @@ DilatedConvUpdate dilated_conv_update_check(const Tensor& x, const Tensor& conv_
   const bool cuda = x.is_cuda();
   const int32_t device = x.get_device_index();
   const auto same_device = [&](const Tensor& t) { return t.is_cuda() == cuda && t.get_device_index() == device; };
-  STD_TORCH_CHECK(same_device(conv_state) && same_device(weight) && same_device(position) &&
-                      (!bias || same_device(*bias)),
-                  "all tensors must be on the device of x");
+  STD_TORCH_CHECK(
+      same_device(conv_state) && same_device(weight) && same_device(position) && (!bias || same_device(*bias)),
+      "all tensors must be on the device of x");
 
   c.batch = x.size(0);
   c.dim_in = x.size(1);

@@ -1,10 +1,10 @@
 // dilated_conv_update on a GPU: compiled for every architecture of the build, not yet run on one.
 // A warp forms one output at a time, lanes along a weight row, so that weights are read coalesced; sums are float32
 // (float64 for float64), in an order that depends on the sizes only.
-#include "dilated_conv_update_cuda.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include "dilated_conv_update_cuda.h"
 
 namespace audiokernels {
 namespace {
@@ -98,7 +98,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__ DilatedConvUpdate c) {
   const int lane = threadIdx.x % 32;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
-  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; at < c.batch * c.dim_out; at += step) {
+  for (int64_t at = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; at < c.batch * c.dim_out;
+       at += step) {
     const int64_t b = at / c.dim_out, r = at % c.dim_out;
     const T* row = static_cast<const T*>(c.weight) + r * c.weight_stride;
     Sum<T> sum = 0;

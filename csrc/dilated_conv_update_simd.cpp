@@ -116,8 +116,7 @@ void dilated_conv_dots(DilatedConvDtype dtype, const void* weight, int64_t weigh
       return all_dots<BFloat16>(weight, weight_stride, taps, n, batch, first, last, sums, sums_stride);
     case DilatedConvDtype::float16:
       return all_dots<Float16>(weight, weight_stride, taps, n, batch, first, last, sums, sums_stride);
-    default:
-      return all_dots<Float32>(weight, weight_stride, taps, n, batch, first, last, sums, sums_stride);
+    default: return all_dots<Float32>(weight, weight_stride, taps, n, batch, first, last, sums, sums_stride);
   }
 }
 

@@ -8,7 +8,7 @@ namespace audiokernels {
 
 enum class Isa { generic, avx2, avx512, avx512_vnni, avx512_bf16 };  // each includes those before it
 
-Isa isa();                             // in use; at first the best that this processor has
+Isa isa();                              // in use; at first the best that this processor has
 void set_isa(const std::string& name);  // throws std::invalid_argument if unknown or not supported here
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);
