@@ -107,9 +107,8 @@ constexpr float kRound = 12582912.0f;
 constexpr int32_t kRoundBits = 0x4B400000;
 AK_INLINE VInt round_to_int(VFloat x) { return (VInt)(x + splat(kRound)) - splat_int(kRoundBits); }
 
-// exp(x) for x in [-87, 88], within 1.1 half-ulps before the last rounding; outside, the value at the end.
-AK_INLINE VFloat exp(VFloat x) {
-  x = max(min(x, splat(88.0f)), splat(-87.0f));
+// exp(x) for x in [-87, 88], within 1.1 half-ulps before the last rounding.
+AK_INLINE VFloat exp_within(VFloat x) {
   const VFloat t = fma(x, splat(0x1.715476p+0f), splat(kRound));  // x / ln 2, rounded, in the low bits
   const VFloat n = t - splat(kRound);
   VFloat r = fma(n, splat(-0x1.62e4p-1f), x);  // ln 2 in two parts, the first one with zeros at its end
@@ -124,11 +123,16 @@ AK_INLINE VFloat exp(VFloat x) {
   return (VFloat)((VInt)p + ((VInt)t << 23));
 }
 
+// exp(clamp(x, -limit, limit)), limit <= 87.
+AK_INLINE VFloat exp_clamped(VFloat x, float limit) {
+  return exp_within(max(min(x, splat(limit)), splat(-limit)));
+}
+
 // tanh(a) * sigmoid(b) with one division; beyond +-15 and +-30 they are constant in float32.
 AK_INLINE VFloat gate(VFloat a, VFloat b) {
   const VFloat one = splat(1.0f);
-  const VFloat ea = exp(max(min(a * splat(-2.0f), splat(30.0f)), splat(-30.0f)));
-  const VFloat eb = exp(max(min(-b, splat(30.0f)), splat(-30.0f)));
+  const VFloat ea = exp_clamped(a * splat(-2.0f), 30.0f);
+  const VFloat eb = exp_clamped(-b, 30.0f);
   return (one - ea) / ((one + ea) * (one + eb));
 }
 

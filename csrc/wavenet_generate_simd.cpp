@@ -11,6 +11,8 @@ namespace audiokernels {
 namespace AUDIOKERNELS_ISA {
 namespace {
 
+#define AK_MEMBER static __attribute__((always_inline))
+
 constexpr int kParts = kRowLanes / kLanes;  // native vectors in a group of 16 outputs
 
 // Most groups of 16 outputs a tile of 1, 2 or 4 streams may hold before its sums leave the registers.
@@ -59,30 +61,50 @@ static void quantize(const float* x, int64_t n, int8_t* q, float* scale) {
   }
 }
 
+// One piece of a product: `steps` inputs of one tap times a slice of rows.
+struct Block {
+  const int32_t* lanes;  // (steps, lanes_stride)
+  int64_t lanes_stride, steps;
+  int64_t row;            // the slice's first output
+  int64_t input;          // the first input of the block in an input row
+  int64_t tap, taps;
+  const float* scale;  // int8, of the slice and tap
+  const int32_t* offset;
+};
+
 // ---- the inner product of each pack type: how it wants its inputs (In, prepare), what one 32-bit step of them looks
 // ---- like in registers (Step, broadcast), and how it adds a step times a vector of weights ----
 
 AK_INLINE Inputs as_they_are(const Rows& in) { return {in.data, nullptr, in.stride}; }
 
-struct DotFloat32 {
+// float32 and bfloat16 carry the float sum on from `out`; int8 sums a tap in int32 and adds it scaled.
+struct FloatSums {
+  using Sum = VFloat;
+  AK_MEMBER VFloat start(const Block&, const float* out, int64_t i) { return load(out + i); }
+  AK_MEMBER void finish(VFloat acc, const Block&, const Inputs&, int64_t, float* out, int64_t i) {
+    store(out + i, acc);
+  }
+};
+
+struct DotFloat32 : FloatSums {
   using In = float;
   static constexpr int kGroup = 1;
   struct Step {
     VFloat x;
   };
-  AK_INLINE Inputs prepare(const Matrix&, const Rows& in, int64_t, void*, float*) { return as_they_are(in); }
-  AK_INLINE Step broadcast(const In* p) { return {splat(*p)}; }
-  AK_INLINE VFloat add(VFloat acc, VInt w, Step s) { return fma((VFloat)w, s.x, acc); }
+  AK_MEMBER Inputs prepare(const Matrix&, const Rows& in, int64_t, void*, float*) { return as_they_are(in); }
+  AK_MEMBER Step broadcast(const In* p) { return {splat(*p)}; }
+  AK_MEMBER VFloat add(VFloat acc, VInt w, Step s) { return fma((VFloat)w, s.x, acc); }
 };
 
 #if defined(__AVX512BF16__)
-struct DotBFloat16 {
+struct DotBFloat16 : FloatSums {
   using In = uint16_t;
   static constexpr int kGroup = 2;
   struct Step {
     __m512bh x;
   };
-  AK_INLINE Inputs prepare(const Matrix& m, const Rows& in, int64_t batch, void* out, float*) {
+  AK_MEMBER Inputs prepare(const Matrix& m, const Rows& in, int64_t batch, void* out, float*) {
     uint16_t* rounded = static_cast<uint16_t*>(out);
     for (int64_t b = 0; b < batch; b++)
       for (int64_t i = 0; i < m.taps * m.tap_stride; i += kLanes) {
@@ -91,23 +113,23 @@ struct DotBFloat16 {
       }
     return {rounded, nullptr, in.stride};
   }
-  AK_INLINE Step broadcast(const In* p) {
+  AK_MEMBER Step broadcast(const In* p) {
     int32_t pair;
     memcpy(&pair, p, sizeof pair);
     return {(__m512bh)_mm512_set1_epi32(pair)};
   }
-  AK_INLINE VFloat add(VFloat acc, VInt w, Step s) { return _mm512_dpbf16_ps(acc, (__m512bh)w, s.x); }
+  AK_MEMBER VFloat add(VFloat acc, VInt w, Step s) { return _mm512_dpbf16_ps(acc, (__m512bh)w, s.x); }
 };
 #else
-struct DotBFloat16 {
+struct DotBFloat16 : FloatSums {
   using In = float;
   static constexpr int kGroup = 2;
   struct Step {
     VFloat even, odd;
   };
-  AK_INLINE Inputs prepare(const Matrix&, const Rows& in, int64_t, void*, float*) { return as_they_are(in); }
-  AK_INLINE Step broadcast(const In* p) { return {splat(p[0]), splat(p[1])}; }
-  AK_INLINE VFloat add(VFloat acc, VInt w, Step s) {
+  AK_MEMBER Inputs prepare(const Matrix&, const Rows& in, int64_t, void*, float*) { return as_they_are(in); }
+  AK_MEMBER Step broadcast(const In* p) { return {splat(p[0]), splat(p[1])}; }
+  AK_MEMBER VFloat add(VFloat acc, VInt w, Step s) {
     acc = fma((VFloat)(w << 16), s.even, acc);
     return fma((VFloat)(w & splat_int(int32_t(0xFFFF0000))), s.odd, acc);
   }
@@ -116,8 +138,16 @@ struct DotBFloat16 {
 
 struct DotInt8 {
   using In = int8_t;
+  using Sum = VInt;
   static constexpr int kGroup = 4;
-  AK_INLINE Inputs prepare(const Matrix& m, const Rows& in, int64_t batch, void* out, float* scales) {
+  AK_MEMBER VInt start(const Block& block, const float*, int64_t i) {
+    return kUnsigned ? load_int(block.offset + i) : VInt{};
+  }
+  AK_MEMBER void finish(VInt acc, const Block& block, const Inputs& in, int64_t b, float* out, int64_t i) {
+    const VFloat scale = load(block.scale + i) * splat(in.scale[b * block.taps + block.tap]);
+    store(out + i, fma(to_float(acc), scale, load(out + i)));
+  }
+  AK_MEMBER Inputs prepare(const Matrix& m, const Rows& in, int64_t batch, void* out, float* scales) {
     int8_t* q = static_cast<int8_t*>(out);
     for (int64_t b = 0; b < batch; b++)
       for (int64_t tap = 0; tap < m.taps; tap++) {
@@ -131,8 +161,8 @@ struct DotInt8 {
   struct Step {
     VInt x;
   };
-  AK_INLINE Step broadcast(const In* p) { return {splat_int(load_quad(p) ^ int32_t(0x80808080))}; }
-  AK_INLINE VInt add(VInt acc, VInt w, Step s) {
+  AK_MEMBER Step broadcast(const In* p) { return {splat_int(load_quad(p) ^ int32_t(0x80808080))}; }
+  AK_MEMBER VInt add(VInt acc, VInt w, Step s) {
     return (VInt)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)s.x, (__m512i)w);
   }
 #elif defined(__AVX512BW__)
@@ -141,11 +171,11 @@ struct DotInt8 {
     __m512i magnitude;
     __mmask64 negative;
   };
-  AK_INLINE Step broadcast(const In* p) {
+  AK_MEMBER Step broadcast(const In* p) {
     const __m512i x = _mm512_set1_epi32(load_quad(p));
     return {_mm512_abs_epi8(x), _mm512_movepi8_mask(x)};
   }
-  AK_INLINE VInt add(VInt acc, VInt w, Step s) {
+  AK_MEMBER VInt add(VInt acc, VInt w, Step s) {
     const __m512i signed_w = _mm512_mask_sub_epi8((__m512i)w, s.negative, _mm512_setzero_si512(), (__m512i)w);
     const __m512i pairs = _mm512_maddubs_epi16(s.magnitude, signed_w);
     return acc + (VInt)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
@@ -155,11 +185,11 @@ struct DotInt8 {
   struct Step {
     __m256i x, magnitude;
   };
-  AK_INLINE Step broadcast(const In* p) {
+  AK_MEMBER Step broadcast(const In* p) {
     const __m256i x = _mm256_set1_epi32(load_quad(p));
     return {x, _mm256_abs_epi8(x)};
   }
-  AK_INLINE VInt add(VInt acc, VInt w, Step s) {
+  AK_MEMBER VInt add(VInt acc, VInt w, Step s) {
     const __m256i pairs = _mm256_maddubs_epi16(s.magnitude, _mm256_sign_epi8((__m256i)w, s.x));
     return acc + (VInt)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
   }
@@ -168,22 +198,22 @@ struct DotInt8 {
   struct Step {
     int32_t x[4];
   };
-  AK_INLINE Step broadcast(const In* p) { return {{p[0], p[1], p[2], p[3]}}; }
-  AK_INLINE VInt add(VInt acc, VInt w, Step s) {  // byte j of each lane, sign-extended
+  AK_MEMBER Step broadcast(const In* p) { return {{p[0], p[1], p[2], p[3]}}; }
+  AK_MEMBER VInt add(VInt acc, VInt w, Step s) {  // byte j of each lane, sign-extended
     acc += splat_int(s.x[0]) * ((w << 24) >> 24);
     acc += splat_int(s.x[1]) * ((w << 16) >> 24);
     acc += splat_int(s.x[2]) * ((w << 8) >> 24);
     return acc + splat_int(s.x[3]) * (w >> 24);
   }
 #endif
-  AK_INLINE int32_t load_quad(const In* p) {
+  AK_MEMBER int32_t load_quad(const In* p) {
     int32_t quad;
     memcpy(&quad, p, sizeof quad);
     return quad;
   }
 };
 
-// ---- out += matrix * in, for NB streams and G groups of 16 outputs from `row` on ----
+// ---- out += matrix * in, block by block ----
 
 // With several tiles on the same weights, the bus is idle from the second one on: fetch the next matrix meanwhile.
 struct Ahead {
@@ -194,106 +224,62 @@ struct Ahead {
   }
 };
 
+// NB streams from `first` on, G groups of 16 outputs.
 template <class Dot, int G, int NB>
-static void tile(const Matrix& m, int64_t row, const Inputs& in, int64_t first, Rows out, Ahead& ahead) {
+static void tile(const Block& block, const Inputs& in, int64_t first, const Rows& out, Ahead& ahead) {
   constexpr int A = G * kParts;
-  VFloat acc[NB][A];
+  const auto* x = static_cast<const typename Dot::In*>(in.data) + first * in.stride + block.input;
+  const int32_t* w = block.lanes;
+  typename Dot::Sum acc[NB][A];
   for (int b = 0; b < NB; b++)
-    for (int i = 0; i < A; i++) acc[b][i] = load(out[first + b] + row + i * kLanes);
-  const int32_t* w = reinterpret_cast<const int32_t*>(m.lanes) + row;
-  for (int64_t tap = 0; tap < m.taps; tap++) {
-    const typename Dot::In* x = static_cast<const typename Dot::In*>(in.data) + first * in.stride + tap * m.tap_stride;
-    for (int64_t k = 0; k < m.steps; k++, x += Dot::kGroup, w += m.rows) {
-      if constexpr (NB == 4) ahead.step();
-      typename Dot::Step step[NB];
-      for (int b = 0; b < NB; b++) step[b] = Dot::broadcast(x + b * in.stride);
-      for (int i = 0; i < A; i++) {
-        const VInt lanes = load_int(w + i * kLanes);
-        for (int b = 0; b < NB; b++) acc[b][i] = Dot::add(acc[b][i], lanes, step[b]);
-      }
-    }
-  }
-  for (int b = 0; b < NB; b++)
-    for (int i = 0; i < A; i++) store(out[first + b] + row + i * kLanes, acc[b][i]);
-}
-
-// int8: exact int32 sums tap by tap, then out += sum * (row scale * activation scale), taps ascending.
-template <int G, int NB>
-static void tile_int8(const Matrix& m, int64_t row, const Inputs& in, int64_t first, Rows out, Ahead& ahead) {
-  constexpr int A = G * kParts;
-  const int32_t* w = reinterpret_cast<const int32_t*>(m.lanes) + row;
-  for (int64_t tap = 0; tap < m.taps; tap++) {
-    const int8_t* x = static_cast<const int8_t*>(in.data) + first * in.stride + tap * m.tap_stride;
-    VInt acc[NB][A];
+    for (int i = 0; i < A; i++) acc[b][i] = Dot::start(block, out[first + b] + block.row, i * kLanes);
+  for (int64_t k = 0; k < block.steps; k++, x += Dot::kGroup, w += block.lanes_stride) {
+    if constexpr (NB == 4) ahead.step();
+    typename Dot::Step step[NB];
+    for (int b = 0; b < NB; b++) step[b] = Dot::broadcast(x + b * in.stride);
     for (int i = 0; i < A; i++) {
-      const VInt start = DotInt8::kUnsigned ? load_int(m.offset + tap * m.rows + row + i * kLanes) : VInt{};
-      for (int b = 0; b < NB; b++) acc[b][i] = start;
-    }
-    for (int64_t k = 0; k < m.steps; k++, x += DotInt8::kGroup, w += m.rows) {
-      if constexpr (NB == 4) ahead.step();
-      DotInt8::Step step[NB];
-      for (int b = 0; b < NB; b++) step[b] = DotInt8::broadcast(x + b * in.stride);
-      for (int i = 0; i < A; i++) {
-        const VInt lanes = load_int(w + i * kLanes);
-        for (int b = 0; b < NB; b++) acc[b][i] = DotInt8::add(acc[b][i], lanes, step[b]);
-      }
-    }
-    for (int b = 0; b < NB; b++) {
-      const VFloat x_scale = splat(in.scale[(first + b) * m.taps + tap]);
-      for (int i = 0; i < A; i++) {
-        float* o = out[first + b] + row + i * kLanes;
-        const VFloat scale = load(m.scale + tap * m.rows + row + i * kLanes) * x_scale;
-        store(o, fma(to_float(acc[b][i]), scale, load(o)));
-      }
+      const VInt lanes = load_int(w + i * kLanes);
+      for (int b = 0; b < NB; b++) acc[b][i] = Dot::add(acc[b][i], lanes, step[b]);
     }
   }
+  for (int b = 0; b < NB; b++)
+    for (int i = 0; i < A; i++)
+      Dot::finish(acc[b][i], block, in, first + b, out[first + b] + block.row, i * kLanes);
 }
-
-template <class Dot, int G, int NB>
-struct Tile {
-  static constexpr auto run = tile<Dot, G, NB>;
-};
-template <int G, int NB>
-struct Tile<DotInt8, G, NB> {
-  static constexpr auto run = tile_int8<G, NB>;
-};
 
 // `groups` at run time -> the tile compiled for it.
 template <class Dot, int NB, int G>
-AK_INLINE void tile_of(int groups, const Matrix& m, int64_t row, const Inputs& in, int64_t first, Rows out,
-                       Ahead& ahead) {
-  if (groups == G) return Tile<Dot, G, NB>::run(m, row, in, first, out, ahead);
-  if constexpr (G > 1) tile_of<Dot, NB, G - 1>(groups, m, row, in, first, out, ahead);
+AK_INLINE void tile_of(int groups, const Block& block, const Inputs& in, int64_t first, const Rows& out, Ahead& ahead) {
+  if (groups == G) return tile<Dot, G, NB>(block, in, first, out, ahead);
+  if constexpr (G > 1) tile_of<Dot, NB, G - 1>(groups, block, in, first, out, ahead);
 }
 
-// Streams first .. batch - 1, NB at a time, of a slice of `groups` groups from `row` on; returns the first one left.
+// Streams first .. batch - 1 in tiles of one kind, tap by tap; returns the first stream left. Slices of rows are even:
+// a short last one would wait for its own sums.
 template <class Dot, int Kind>
-AK_INLINE int64_t streams_of(int groups, const Matrix& m, int64_t row, const Inputs& in, int64_t first, int64_t batch,
-                             Rows out, Ahead& ahead) {
-  constexpr int nb = kTiles[Kind], most = kMostGroups[Kind];
-  for (; first + nb <= batch; first += nb) tile_of<Dot, nb, most>(groups, m, row, in, first, out, ahead);
-  return first;
-}
-
-// out[b] += matrix * in[b] for streams first .. batch - 1 in tiles of one kind; returns the first stream left.
-// Slices of rows are even: a short last one would wait for its own sums.
-template <class Dot, int Kind>
-static int64_t rows_of(const Matrix& m, const Inputs& in, int64_t first, int64_t batch, Rows out) {
-  constexpr int most = kMostGroups[Kind];
+static int64_t rows_of(const Matrix& m, const Inputs& in, int64_t first, int64_t batch, const Rows& out) {
+  constexpr int most = kMostGroups[Kind], nb = kTiles[Kind];
+  const int64_t end = batch - (batch - first) % nb;
   const int groups = int(m.rows / kRowLanes), slices = (groups + most - 1) / most;
   Ahead ahead{m.follow};
-  int64_t left = first;
-  for (int s = 0, group = 0; s < slices; s++) {
+  int64_t row = 0;
+  for (int s = 0; s < slices && first < end; s++) {
     const int here = groups / slices + (s < groups % slices);
-    left = streams_of<Dot, Kind>(here, m, group * kRowLanes, in, first, batch, out, ahead);
-    group += here;
+    for (int64_t tap = 0; tap < m.taps; tap++) {
+      const int32_t* lanes = reinterpret_cast<const int32_t*>(m.lanes) + tap * m.steps * m.rows + row;
+      const int64_t at = tap * m.rows + row;
+      const Block block{lanes, m.rows, m.steps, row, tap * m.tap_stride, tap, m.taps, m.scale + at, m.offset + at};
+      for (int64_t b = first; b < end; b += nb) tile_of<Dot, nb, most>(here, block, in, b, out, ahead);
+    }
+    row += here * kRowLanes;
   }
-  return left;
+  return end;
 }
 
 // Everything a thread needs, carved out of job.scratch.
 struct Scratch {
   Rows base;     // bias + projected condition: (n_layer, gate_rows) a stream
+  float* skip;   // the skip biases of all layers, summed
   Rows in;       // inputs of the matrix at work: (taps, inputs padded)
   Rows z;        // gate_rows
   Rows x;        // residual_rows | skip_rows
@@ -333,13 +319,12 @@ static Matrix read_matrix(const WaveNetShape& s, const uint8_t*& p, int64_t rows
 
 // out[b] += matrix * in[b]; streams of one tile share every weight that is read.
 template <class Dot>
-static void multiply(const Net& net, const Matrix& m, Rows out) {
+static void multiply(const Net& net, const Matrix& m, const Rows& out) {
   const int64_t batch = net.job.batch;
   const Inputs in = Dot::prepare(m, net.scratch.in, batch, net.scratch.packed, net.scratch.scales);
-  int64_t first = 0;
-  if (first + 4 <= batch) first = rows_of<Dot, 2>(m, in, first, batch, out);
-  if (first + 2 <= batch) first = rows_of<Dot, 1>(m, in, first, batch, out);
-  if (first < batch) rows_of<Dot, 0>(m, in, first, batch, out);
+  int64_t first = rows_of<Dot, 2>(m, in, 0, batch, out);
+  first = rows_of<Dot, 1>(m, in, first, batch, out);
+  rows_of<Dot, 0>(m, in, first, batch, out);
 }
 
 AK_INLINE void add_rows(float* out, const float* a, int64_t n) {
@@ -350,6 +335,16 @@ AK_INLINE void copy_rows(float* out, const float* a, int64_t n) {
 }
 AK_INLINE void relu_rows(float* out, const float* a, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) store(out + i, max(load(a + i), splat(0.0f)));
+}
+
+static void sum_skip_biases(const Net& net) {
+  const uint8_t* p = net.layers;
+  for (int64_t i = 0; i < net.skip_rows; i++) net.scratch.skip[i] = 0.0f;
+  for (int64_t layer = 0; layer < net.s.n_layer; layer++) {
+    read_matrix(net.s, p, net.z_rows, net.s.width, net.s.residual);
+    const Matrix mix = read_matrix(net.s, p, net.s.mix_rows(layer), 1, net.s.hidden);
+    add_rows(net.scratch.skip, mix.bias + mix.rows - net.skip_rows, net.skip_rows);
+  }
 }
 
 // Bias plus the projection of the frame that stream b is in, for every layer.
@@ -385,7 +380,7 @@ static int32_t draw(float* logits, int64_t n_class, float u, float temperature) 
   const VFloat inverse = splat(1.0f / temperature);
   for (int64_t i = 0; i < rows; i += kLanes) {
     const VFloat l = (load(logits + i) - splat(largest)) * inverse;
-    store(logits + i, l < splat(-87.0f) ? splat(0.0f) : exp(l));
+    store(logits + i, l < splat(-87.0f) ? splat(0.0f) : exp_clamped(l, 87.0f));
   }
   float total = 0.0f;
   for (int64_t i = 0; i < rows; i += 16) {
@@ -428,14 +423,14 @@ static void fetch_taps(const Net& net, int64_t layer, int64_t ring_offset) {
   }
 }
 
-// One layer of every stream: rings, dilated taps, gate, residual and skip. `first` is the layer's first x row kept.
+// One layer of every stream: rings, dilated taps, gate, residual and skip.
 template <class Dot>
 static void run_layer(const Net& net, int64_t layer, const uint8_t*& p, int64_t ring_offset) {
   const WaveNetShape& s = net.s;
   const Scratch& k = net.scratch;
   const Matrix conv = read_matrix(s, p, net.z_rows, s.width, s.residual);
   const Matrix mix = read_matrix(s, p, s.mix_rows(layer), 1, s.hidden);
-  const int64_t first = layer + 1 < s.n_layer ? 0 : net.x_rows;
+  const int64_t first = layer + 1 < s.n_layer ? 0 : net.x_rows;  // the last layer leaves the residual alone
   const int32_t d = int32_t(s.dilations[layer]), length = int32_t(s.ring_slots(layer));
   for (int64_t b = 0; b < net.job.batch; b++) {
     int32_t& at = reinterpret_cast<int32_t*>(k.slots[b])[layer];
@@ -460,7 +455,7 @@ static void run_layer(const Net& net, int64_t layer, const uint8_t*& p, int64_t 
   for (int64_t b = 0; b < net.job.batch; b++) {
     const float* z = k.z[b];
     for (int64_t i = 0; i < half; i += kLanes) store(k.in[b] + i, gate(load(z + i), load(z + half + i)));
-    add_rows(k.x[b] + first, mix.bias, mix.rows);
+    if (first == 0) add_rows(k.x[b], mix.bias, net.x_rows);
   }
   multiply<Dot>(net, mix, {k.x.data + first, k.x.stride});
 }
@@ -494,7 +489,7 @@ static void run(const Net& net) {
     for (int64_t b = 0; b < job.batch; b++) {
       float* state = job.state + b * job.state_stride;
       copy_rows(k.x[b], net.embedding + int64_t(state[2]) * net.x_rows, net.x_rows);
-      for (int64_t i = 0; i < net.skip_rows; i++) k.x[b][net.x_rows + i] = 0.0f;
+      copy_rows(k.x[b] + net.x_rows, k.skip, net.skip_rows);
       if (s.condition) {
         const int64_t position = state_position(state);
         if (t == 0 || position % s.hop == 0)
@@ -552,6 +547,8 @@ void wavenet_run(const WaveNetJob& job) {
   k.slots = carve(pad_lanes(s.n_layer));
   k.packed = carve(s.max_inputs()).data;
   k.scales = carve(pad_lanes(s.width)).data;
+  k.skip = at;
+  sum_skip_biases(net);
 
   for (int64_t b = 0; b < job.batch; b++) {
     const int64_t position = state_position(job.state + b * job.state_stride);
