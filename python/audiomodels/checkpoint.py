@@ -28,7 +28,7 @@ import random
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ SUMMED = (MODEL, OPTIMIZER, STATE)
 TEMP = ".tmp-"
 FORMAT = 1
 STEP = re.compile(r"step-(\d{8,15})")
-MAX_SUMS, MAX_STATE, MAX_HEADER = 1 << 12, 1 << 22, 1 << 23  # bytes that are read before anything is known to be ours
+MAX_SUMS, MAX_STATE = 1 << 12, 1 << 21  # bytes read before anything is known to be ours; the RNG of a rank takes 14,000
 MAX_KEYS = 8  # tensors an optimizer may keep per parameter (AdamW: 3)
 
 
@@ -279,7 +279,7 @@ def _read_meta(path: Path) -> tuple[dict, dict[str, str]]:
 
 def _read_weights(path: Path, digest: str, shapes: dict[str, tuple]) -> dict[str, Tensor]:
     limit = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
-    weights = _read_tensors(path, digest, limit)
+    weights = _read_tensors(path, digest, limit, _header_limit(shapes))
     if weights.keys() != shapes.keys():
         odd = sorted(weights.keys() ^ shapes.keys())
         raise CheckpointError(f"{path}: made for another model: {len(odd)} names differ, {odd[0]!r} among them")
@@ -292,7 +292,7 @@ def _read_weights(path: Path, digest: str, shapes: dict[str, tuple]) -> dict[str
 
 def _read_moments(path: Path, digest: str, parameters: dict[str, tuple]) -> dict[str, Tensor]:
     limit = MAX_KEYS * 8 * sum(math.prod(shape) for shape in parameters.values())
-    moments = _read_tensors(path, digest, limit)
+    moments = _read_tensors(path, digest, limit, MAX_KEYS * _header_limit(parameters))
     keys: dict[str, set[str]] = {}
     for full, tensor in moments.items():
         name, _, key = full.rpartition(".")
@@ -304,13 +304,19 @@ def _read_moments(path: Path, digest: str, parameters: dict[str, tuple]) -> dict
     return moments
 
 
-def _read_tensors(path: Path, digest: str, limit: int) -> dict[str, Tensor]:
+def _header_limit(names: Iterable[str]) -> int:
+    """Bytes that the header of a safetensors file with these names may take (JSON may write 6 for one of a name)."""
+    return 1024 + sum(256 + 6 * len(name) for name in names)
+
+
+def _read_tensors(path: Path, digest: str, limit: int, header_limit: int) -> dict[str, Tensor]:
     """The tensors of a safetensors file that matches `digest` and holds at most `limit` bytes of them."""
     size = _size(path)
     with open(path, "rb") as file:
         header = int.from_bytes(file.read(8), "little")
-    if size < 8 or header > MAX_HEADER or not 8 + header <= size <= 8 + header + limit:
-        raise CheckpointError(f"{path}: must be safetensors of at most {limit} bytes of data, has {size} bytes in all")
+    if size < 8 or header > header_limit or not 8 + header <= size <= 8 + header + limit:
+        rule = f"must be safetensors with a header of at most {header_limit} bytes and {limit} bytes of data"
+        raise CheckpointError(f"{path}: {rule}, has {header} and {size} in all")
     if _sha256(path) != digest:
         raise CheckpointError(f"{path}: damaged: does not match {SUMS}")
     try:
