@@ -7,11 +7,13 @@ from audiokernels.dilated_conv_update import dilated_conv_update
 from audiokernels.philox import philox_uniform
 from audiokernels.wavenet_generate import wavenet_generate, wavenet_position, wavenet_state
 from audiokernels.wavenet_pack import WaveNetPack, WaveNetShape, wavenet_pack, wavenet_unpack
+from audiokernels.wavenet_stream import WaveNetStream
 
 __all__ = [
     "Explanation",
     "WaveNetPack",
     "WaveNetShape",
+    "WaveNetStream",
     "backends",
     "dilated_conv_update",
     "explain",

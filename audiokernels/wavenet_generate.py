@@ -103,12 +103,12 @@ def wavenet_generate(
             pack.data, pack.shape.to_ints(), state, uniforms, codes, condition, temperature, return_logits
         )
     except (RuntimeError, TypeError, AttributeError):
-        _check(pack, state, uniforms, codes, condition, temperature)
+        check_call(pack, state, uniforms, codes, condition, temperature)
         raise
     return (out, logits) if return_logits else out
 
 
-def _check(pack, state, uniforms, codes, condition, temperature) -> None:
+def check_call(pack, state, uniforms, codes, condition, temperature) -> None:
     """Raise TypeError or ValueError for the first argument that breaks a rule of wavenet_generate."""
     if not isinstance(pack, WaveNetPack):
         raise TypeError(f"pack must be a WaveNetPack, got {type(pack).__name__}")
@@ -183,7 +183,7 @@ def wavenet_generate_ref(
 ) -> tuple[Tensor, Tensor]:
     """The op in plain torch, any device: float32 arithmetic on the pack's weights, one step at a time."""
     shape = WaveNetShape.from_ints(shape_ints)
-    _check(WaveNetPack(data, shape), state, uniforms, codes, condition, temperature)
+    check_call(WaveNetPack(data, shape), state, uniforms, codes, condition, temperature)
     batch, n = uniforms.shape
     out = torch.empty(batch, n, dtype=shape.code_dtype, device=data.device)
     logits_out = torch.empty((batch, n, shape.n_class) if return_logits else (0,), device=data.device)

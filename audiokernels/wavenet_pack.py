@@ -218,12 +218,13 @@ def wavenet_unpack(data: Tensor, shape: WaveNetShape) -> dict[str, Tensor]:
     conv = [unpacked[f"conv.{layer}"] for layer in layers]
     mix = [unpacked[f"mix.{layer}"] for layer in layers]
     skip_rows = round_up(shape.skip, LANES)
+    no_res = conv[0][0].new_empty(0, shape.residual, shape.hidden)  # a single layer has no residual path
     weights = {
         "embedding": embedding.view(torch.float32).view(shape.n_class, -1)[:, : shape.residual],
         "conv_weight": torch.stack([gate_rows(w).transpose(1, 2) for w, _ in conv]),
         "conv_bias": torch.stack([gate_rows(b) for _, b in conv]),
-        "res_weight": torch.stack([w[: shape.residual, 0] for w, _ in mix[:-1]] or [mix[0][0][:0, 0]])[: len(mix) - 1],
-        "res_bias": torch.stack([b[: shape.residual] for _, b in mix[:-1]] or [mix[0][1][:0]])[: len(mix) - 1],
+        "res_weight": torch.cat([no_res, *(w[None, : shape.residual, 0] for w, _ in mix[:-1])]),
+        "res_bias": torch.cat([no_res[:, :, 0], *(b[None, : shape.residual] for _, b in mix[:-1])]),
         "skip_weight": torch.stack([w[-skip_rows:, 0][: shape.skip] for w, _ in mix]),
         "skip_bias": torch.stack([b[-skip_rows:][: shape.skip] for _, b in mix]),
     }

@@ -9,6 +9,7 @@
 #include "dilated_conv_update.h"
 #include "isa.h"
 #include "torch_stable.h"
+#include "wavenet_stream.h"
 
 namespace py = pybind11;
 
@@ -53,5 +54,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("dim_out"), py::arg("taps"), py::arg("multiprocessors"),
         "(kernel, why) of a dilated_conv_update call; taps = dim_in * width.");
 
-  // Rooms with host classes: declare `void bind_<room>(pybind11::module_&)` in the room's header and call it here.
+  // Host classes of the rooms.
+  audiokernels::bind_wavenet_stream(m);
 }

@@ -79,26 +79,37 @@ AK_INLINE VFloat fma(VFloat a, VFloat b, VFloat c) {
   return r;
 }
 #else
-// No fused instruction: the product is exact in double; the sum is rounded to odd there (Boldo and Melquiond, 2008),
-// which makes the final rounding to float the only one.
+// No fused instruction: the product is exact in double, and so nearly is the sum. Rounding it twice goes wrong only if
+// it ends in exactly half a float (or below the smallest normal one); then the sum is first rounded to odd in double
+// (Boldo and Melquiond, 2008), which makes the rounding to float the only one.
 typedef float HalfFloat __attribute__((vector_size(8)));
 typedef double VDouble __attribute__((vector_size(16)));
 typedef int64_t VLong __attribute__((vector_size(16)));
-AK_INLINE HalfFloat fma_half(HalfFloat a, HalfFloat b, HalfFloat c) {
-  const VDouble p = __builtin_convertvector(a, VDouble) * __builtin_convertvector(b, VDouble);
-  const VDouble z = __builtin_convertvector(c, VDouble);
-  const VDouble s = p + z;
+AK_INLINE VDouble round_to_odd(VDouble p, VDouble z, VDouble s) {
   const VDouble t = s - p;
   const VDouble error = (p - (s - t)) + (z - t);  // s + error = p + z exactly (Knuth's two-sum)
   const VLong bits = (VLong)s;
   const VLong step = ((error > 0) == (s > 0)) ? VLong{1, 1} : VLong{-1, -1};
   const VLong fix = (error != 0) & ((bits & 1) == 0);
-  return __builtin_convertvector((VDouble)(bits + (fix & step)), HalfFloat);
+  return (VDouble)(bits + (fix & step));
+}
+AK_INLINE VInt may_round_twice(VDouble s) {  // per 32-bit half: the low one ends in half a float; the high one is tiny
+  const VInt bits = (VInt)s, magnitude = bits & VInt{0, 0x7FFFFFFF, 0, 0x7FFFFFFF};
+  const VInt half = (bits & VInt{0x1FFFFFFF, 0, 0x1FFFFFFF, 0}) == VInt{0x10000000, -1, 0x10000000, -1};
+  return half | ((magnitude < VInt{0, 0x38100000, 0, 0x38100000}) & (magnitude != VInt{}));
 }
 AK_INLINE VFloat fma(VFloat a, VFloat b, VFloat c) {
-  const HalfFloat low = fma_half(HalfFloat{a[0], a[1]}, HalfFloat{b[0], b[1]}, HalfFloat{c[0], c[1]});
-  const HalfFloat high = fma_half(HalfFloat{a[2], a[3]}, HalfFloat{b[2], b[3]}, HalfFloat{c[2], c[3]});
-  return VFloat{low[0], low[1], high[0], high[1]};
+  const auto low = [](VFloat v) { return __builtin_convertvector(HalfFloat{v[0], v[1]}, VDouble); };
+  const auto high = [](VFloat v) { return __builtin_convertvector(HalfFloat{v[2], v[3]}, VDouble); };
+  const VDouble p0 = low(a) * low(b), p1 = high(a) * high(b), z0 = low(c), z1 = high(c);
+  VDouble s0 = p0 + z0, s1 = p1 + z1;
+  const VLong rare = (VLong)(may_round_twice(s0) | may_round_twice(s1));
+  if (__builtin_expect((rare[0] | rare[1]) != 0, 0)) {
+    s0 = round_to_odd(p0, z0, s0);
+    s1 = round_to_odd(p1, z1, s1);
+  }
+  const HalfFloat r0 = __builtin_convertvector(s0, HalfFloat), r1 = __builtin_convertvector(s1, HalfFloat);
+  return VFloat{r0[0], r0[1], r1[0], r1[1]};
 }
 #endif
 
