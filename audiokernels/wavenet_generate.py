@@ -102,7 +102,7 @@ def wavenet_generate(
         out, logits = _op(
             pack.data, pack.shape.to_ints(), state, uniforms, codes, condition, temperature, return_logits
         )
-    except (RuntimeError, TypeError, AttributeError):
+    except (RuntimeError, TypeError, ValueError, AttributeError):
         check_call(pack, state, uniforms, codes, condition, temperature)
         raise
     return (out, logits) if return_logits else out
@@ -113,6 +113,9 @@ def check_call(pack, state, uniforms, codes, condition, temperature) -> None:
     if not isinstance(pack, WaveNetPack):
         raise TypeError(f"pack must be a WaveNetPack, got {type(pack).__name__}")
     shape, device = pack.shape, pack.data.device
+    if pack.data.dtype != torch.uint8 or tuple(pack.data.shape) != (shape.pack_bytes(),):
+        came = f"{pack.data.dtype} of shape {tuple(pack.data.shape)}"
+        raise ValueError(f"pack must hold {shape.pack_bytes()} bytes as wavenet_pack made them, got {came}")
     tensors = {"state": state, "uniforms": uniforms, "codes": codes, "condition": condition}
     for name, tensor in tensors.items():
         if tensor is None and name in ("codes", "condition"):
@@ -151,7 +154,9 @@ def check_call(pack, state, uniforms, codes, condition, temperature) -> None:
     if header.numel() and not bool(((header >= 0) & (header == header.floor()) & (header < 2**24)).all()):
         raise ValueError("state must come from wavenet_state: its header does not hold a position and a code")
     if header.numel() and (float(header[:, 2].max()) >= shape.n_class or float(header[:, 0].max()) >= _POSITION_BASE):
-        raise ValueError(f"state must belong to a pack of {shape.n_class} classes, got code {float(header[:, 2].max())}")
+        raise ValueError(
+            f"state must belong to a pack of {shape.n_class} classes, got code {float(header[:, 2].max())}"
+        )
     if (condition is None) != (shape.condition == 0):
         came = "None" if condition is None else f"shape {tuple(condition.shape)}"
         raise ValueError(f"condition must be given exactly for a pack with condition channels, got {came}")
@@ -230,6 +235,7 @@ def wavenet_generate_ref(
 
 def _fake(data, shape_ints, state, uniforms, codes, condition, temperature, return_logits):
     shape = WaveNetShape.from_ints(shape_ints)
+    torch._check(state.device == data.device and uniforms.device == data.device, lambda: "tensors on several devices")
     batch, n = uniforms.shape
     out = uniforms.new_empty((batch, n), dtype=shape.code_dtype)
     return out, uniforms.new_empty((batch, n, shape.n_class) if return_logits else (0,))

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from audiokernels._library import C
 from audiokernels.philox import philox_uniform
-from audiokernels.wavenet_generate import check_call, condition_frames, wavenet_generate, wavenet_position, wavenet_state
+from audiokernels.wavenet_generate import (
+    check_call,
+    condition_frames,
+    wavenet_generate,
+    wavenet_position,
+    wavenet_state,
+)
 from audiokernels.wavenet_pack import WaveNetPack
 
 
@@ -80,14 +86,14 @@ class WaveNetStream:
             if self._condition is not None:
                 count = condition_frames(shape, self._state, n)
                 first = [p // shape.hop for p in positions]
-                if n and any(f + (p % shape.hop + n - 1) // shape.hop >= self._condition.shape[1]
-                             for f, p in zip(first, positions, strict=True)):
+                if n and any(
+                    f + (p % shape.hop + n - 1) // shape.hop >= self._condition.shape[1]
+                    for f, p in zip(first, positions, strict=True)
+                ):
                     raise ValueError(f"condition has {self._condition.shape[1]} frames, too few for {n} more samples")
                 padded = torch.nn.functional.pad(self._condition, (0, 0, 0, count))
                 frames = torch.stack([padded[b, f : f + count] for b, f in enumerate(first)])
-            codes = wavenet_generate(
-                self._pack, self._state, uniforms, condition=frames, temperature=self._temperature
-            )
+            codes = wavenet_generate(self._pack, self._state, uniforms, condition=frames, temperature=self._temperature)
             return codes.numpy()
 
     @property

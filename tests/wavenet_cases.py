@@ -8,7 +8,9 @@ from audiokernels import wavenet_pack
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
-def weights_of(n_layer, *, residual=16, hidden=16, skip=32, head=32, n_class=64, width=2, condition=0, seed=0, gain=3.0):
+def weights_of(
+    n_layer, *, residual=16, hidden=16, skip=32, head=32, n_class=64, width=2, condition=0, seed=0, gain=3.0
+):
     """Random weights at which signals keep their size through the layers; logits have a spread of about `gain`."""
     g = torch.Generator().manual_seed(seed)
 
