@@ -135,9 +135,7 @@ AK_INLINE VFloat exp_within(VFloat x) {
 }
 
 // exp(clamp(x, -limit, limit)), limit <= 87.
-AK_INLINE VFloat exp_clamped(VFloat x, float limit) {
-  return exp_within(max(min(x, splat(limit)), splat(-limit)));
-}
+AK_INLINE VFloat exp_clamped(VFloat x, float limit) { return exp_within(max(min(x, splat(limit)), splat(-limit))); }
 
 // tanh(a) * sigmoid(b) with one division; beyond +-15 and +-30 they are constant in float32.
 AK_INLINE VFloat gate(VFloat a, VFloat b) {

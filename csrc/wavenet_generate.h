@@ -33,11 +33,13 @@ struct WaveNetShape {
   int64_t pack_bytes() const;
   int64_t ring_slots(int64_t layer) const;
   int64_t state_floats() const;
-  int64_t max_inputs() const;                     // the longest padded input row of a matrix
+  int64_t max_inputs() const;                   // the longest padded input row of a matrix
   int64_t scratch_floats(int64_t batch) const;  // see Scratch in wavenet_generate_simd.cpp
 };
 
-__attribute__((always_inline)) inline int64_t state_position(const float* state) { return int64_t(state[0]) + kPositionBase * int64_t(state[1]); }
+__attribute__((always_inline)) inline int64_t state_position(const float* state) {
+  return int64_t(state[0]) + kPositionBase * int64_t(state[1]);
+}
 
 // One thread's part of a call: n samples of `batch` streams, everything checked before.
 struct WaveNetJob {

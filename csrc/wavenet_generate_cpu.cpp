@@ -60,8 +60,8 @@ WaveNetShape wavenet_shape(const int64_t* ints, int64_t count) {
     if (!ok) throw std::invalid_argument(std::string("shape: ") + rule);
   };
   require(count > kShapeInts, "nine sizes, then one dilation a layer");
-  const WaveNetShape s{ints[0], ints[1], ints[2], ints[3], ints[4], ints[5], ints[6], ints[7], ints[8],
-                       ints + kShapeInts, count - kShapeInts};
+  const WaveNetShape s{ints[0], ints[1], ints[2], ints[3],           ints[4],           ints[5],
+                       ints[6], ints[7], ints[8], ints + kShapeInts, count - kShapeInts};
   require(s.dtype >= kFloat32 && s.dtype <= kInt8, "dtype must be 0, 1 or 2");
   for (int64_t size : {s.residual, s.hidden, s.skip, s.head, s.width})
     require(size >= 1 && size <= kMaxInputs, "channels and width must be 1 .. 65536");
@@ -102,8 +102,7 @@ void wavenet_run_streams(const WaveNetJob& job, int64_t begin, int64_t end) {
   const size_t misaligned = reinterpret_cast<uintptr_t>(scratch.data()) / sizeof(float) % 16;
   part.scratch = scratch.data() + (16 - misaligned) % 16;
 #define AUDIOKERNELS_CASE(name) \
-  case Isa::name:               \
-    return name::wavenet_run(part);
+  case Isa::name: return name::wavenet_run(part);
   switch (isa()) {
     AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_CASE)
     default: return generic::wavenet_run(part);
@@ -156,6 +155,7 @@ std::tuple<Tensor, Tensor> wavenet_generate(Tensor weights, std::vector<int64_t>
   check_tensor(weights, "weights", ScalarType::Byte, 1);
   STD_TORCH_CHECK(weights.numel() == shape.pack_bytes() && weights.is_contiguous(),
                   "weights must be contiguous and hold ", shape.pack_bytes(), " bytes, got ", weights.numel());
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(weights.data_ptr()) % 4 == 0, "weights must be aligned to 4 bytes");
   check_tensor(uniforms, "uniforms", ScalarType::Float, 2);
   const int64_t batch = uniforms.size(0), n = uniforms.size(1);
   check_tensor(state, "state", ScalarType::Float, 2);
@@ -191,9 +191,9 @@ std::tuple<Tensor, Tensor> wavenet_generate(Tensor weights, std::vector<int64_t>
   if (condition) {
     check_tensor(*condition, "condition", ScalarType::Float, 3);
     job.frames = wavenet_frames(shape, job.state, batch, job.state_stride, n);
-    STD_TORCH_CHECK(condition->size(0) == batch && condition->size(1) == job.frames &&
-                        condition->size(2) == shape.condition,
-                    "condition must have shape (", batch, ", ", job.frames, ", ", shape.condition, ")");
+    STD_TORCH_CHECK(
+        condition->size(0) == batch && condition->size(1) == job.frames && condition->size(2) == shape.condition,
+        "condition must have shape (", batch, ", ", job.frames, ", ", shape.condition, ")");
     frames = torch::stable::contiguous(*condition);
     job.condition = static_cast<const float*>(frames->data_ptr());
   }

@@ -59,8 +59,8 @@ class WaveNetStream {
       throw std::invalid_argument("weights must hold the pack's bytes");
     if (state.ndim() != 2 || state.shape(1) != shape_.state_floats())
       throw std::invalid_argument("state must have shape (batch, " + std::to_string(shape_.state_floats()) + ")");
-    if (condition_ && (condition_->ndim() != 3 || condition_->shape(0) != state.shape(0) ||
-                       condition_->shape(2) != shape_.condition))
+    if (condition_ &&
+        (condition_->ndim() != 3 || condition_->shape(0) != state.shape(0) || condition_->shape(2) != shape_.condition))
       throw std::invalid_argument("condition must have shape (batch, frames, condition channels)");
     if ((shape_.condition > 0) != condition_.has_value())
       throw std::invalid_argument("condition must be given exactly for a pack with condition channels");
@@ -147,8 +147,7 @@ class WaveNetStream {
 
 void bind_wavenet_stream(py::module_& m) {
   py::class_<WaveNetStream>(m, "WaveNetStream")
-      .def(py::init<Array<uint8_t>, std::vector<int64_t>, Array<float>, uint64_t, float,
-                    std::optional<Array<float>>>(),
+      .def(py::init<Array<uint8_t>, std::vector<int64_t>, Array<float>, uint64_t, float, std::optional<Array<float>>>(),
            py::arg("weights"), py::arg("shape"), py::arg("state"), py::arg("seed"), py::arg("temperature"),
            py::arg("condition"))
       .def("read", &WaveNetStream::read, py::arg("n"))
