@@ -29,7 +29,9 @@ VARIANTS = {
 def make(seed: int = 0, scale: float = 2.0, **config) -> WaveNet:
     torch.manual_seed(seed)
     model = WaveNet(WaveNetConfig(**{**SMALL, **config})).eval()
-    with torch.no_grad():  # beyond the near-uniform softmax of fresh weights
+    with torch.no_grad():  # fresh weights give smooth and nearly uniform logits: these are neither
+        model.embedding.weight.normal_()
+        model.out.weight.normal_(std=model.config.head_channels**-0.5)
         for parameter in model.parameters():
             parameter *= scale
     return model
@@ -209,6 +211,14 @@ def test_gradients_reach_every_weight():
     model(codes, **options).logsumexp(2).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_near_levels_start_near():
+    model = WaveNet(WaveNetConfig(**SMALL))
+    for rows in (model.embedding.weight, model.out.weight):
+        steps = (rows[1:] - rows[:-1]).norm(dim=1)
+        assert steps.max() < 0.3 * (rows[0] - rows[-1]).norm()
+    assert model.embedding.weight.unique(dim=0).shape[0] == 256
 
 
 def test_learns_a_pattern():
