@@ -1,0 +1,166 @@
+"""Reading the tracked files as text, syntax trees and C++ declarations, for test_house.py."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+Files = dict[str, str]
+
+OPS, MODELS = "audiokernels/", "python/audiomodels/"
+DOCS = ("README.md", "CONTRIBUTING.md", "docs/")
+
+
+@lru_cache(maxsize=1)
+def tracked() -> Files:
+    """{path: text} of what git tracks, of every file where this is no git checkout; "" for what is not text."""
+    git = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
+    names = [name for name in git.stdout.split("\0") if name and (ROOT / name).is_file()]
+    if git.returncode or not names:
+        skip = re.compile(
+            r"(^|/)(\.[a-z_]+|build|dist|demo|__pycache__|[^/]+\.egg-info)/|\.(so|pyc)$|not_compiled\.txt$"
+        )
+        paths = (path for path in ROOT.rglob("*") if path.is_file())
+        names = [name for path in paths if not skip.search(name := path.relative_to(ROOT).as_posix())]
+    return {name: _text(ROOT / name) for name in sorted(names)}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
+# ---- Python
+
+
+@lru_cache(maxsize=512)
+def parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+def python(files: Files, *folders: str) -> Iterator[tuple[str, ast.Module]]:
+    for path, text in files.items():
+        if path.endswith(".py") and path.startswith(folders or ("",)):
+            yield path, parsed(text)
+
+
+def cpp(files: Files) -> Iterator[tuple[str, str]]:
+    for path, text in files.items():
+        if path.startswith("csrc/") and path.endswith((".h", ".cpp", ".cu")):
+            yield path, text
+
+
+def lines(pattern: str, text: str, flags: int = 0) -> Iterator[tuple[int, re.Match]]:
+    for match in re.finditer(pattern, text, flags | re.MULTILINE):
+        yield text.count("\n", 0, match.start()) + 1, match
+
+
+def dotted(node: ast.AST) -> str:
+    """ "torch.ops.x" of such an expression; "" of anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
+        return f"{base}.{node.attr}"
+    return ""
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[ast.Call, str, list]]:
+    """(call, name of what is called, its constant arguments)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield node, dotted(node.func), [a.value for a in node.args if isinstance(a, ast.Constant)]
+
+
+def imports(path: str, tree: ast.AST) -> Iterator[tuple[int, str, list[str]]]:
+    """(line, module, names taken from it), those inside functions and by importlib too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = path.removeprefix("python/").split("/")[: -node.level] if node.level else []
+            yield node.lineno, ".".join([*package, *filter(None, [node.module])]), [a.name for a in node.names]
+    for node, name, constants in calls(tree):
+        if name.split(".")[-1] in ("import_module", "__import__") and constants:
+            yield node.lineno, constants[0], []
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+    args = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    return [arg for i, arg in enumerate(args) if i or arg.arg not in ("self", "cls")]
+
+
+def module_all(text: str) -> list[str]:
+    """__all__ of a module, read without running it; also where it is sorted(_HOME)."""
+    values = {}
+    for node in parsed(text).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            values[node.targets[0].id] = node.value
+    value = values.get("__all__")
+    if isinstance(value, ast.Call):
+        value = values[value.args[0].id]
+    return [] if value is None else list(ast.literal_eval(value))
+
+
+class Op(NamedTuple):
+    name: str
+    schema: str
+    line: int
+    path: str
+    tree: ast.Module
+
+
+def ops(files: Files) -> Iterator[Op]:
+    for path, tree in python(files, OPS):
+        for node, name, constants in calls(tree):
+            if name == "lib.define" and constants:
+                yield Op(constants[0].split("(")[0], constants[0], node.lineno, path, tree)
+
+
+# ---- C++
+
+
+def cpp_functions(text: str) -> Iterator[tuple[int, str, int]]:
+    """(line, name, parameters) of what looks like `type name(...)`, which a call does not."""
+    text = re.sub(r"//.*|/\*[\s\S]*?\*/", lambda m: re.sub(r"[^\n]", " ", m[0]), text)
+    text = re.sub(r'"(\\.|[^"\\\n])*"', lambda m: " " * len(m[0]), text)
+    for line, match in lines(r"(?<![\w#])(\w+[>*&]*|[>*&])\s+(\w+)\(", text):
+        if match[1] in ("return", "else", "case", "throw", "new", "define", "and", "or", "not", "in"):
+            continue
+        depth, commas, empty = 0, 0, True
+        for char in text[match.end() - 1 :]:
+            depth += (char in "([{<") - (char in ")]}>")
+            commas += char == "," and depth == 1
+            empty = empty and char in "( \n"
+            if depth == 0:
+                break
+        yield line, match[2], 0 if empty else commas + 1
+
+
+# ---- the rest
+
+
+def pyproject(files: Files) -> dict:
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    return toml.loads(files["pyproject.toml"])
+
+
+def documents(files: Files) -> Iterator[tuple[str, str]]:
+    return ((path, text) for path, text in files.items() if path.startswith(DOCS) and path.endswith(".md"))
+
+
+def code_of(text: str) -> str:
+    """Blocks and spans of code, one a line."""
+    blocks = re.findall(r"```.*?\n(.*?)```", text, re.DOTALL)
+    return "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))])
