@@ -67,7 +67,7 @@ def _why_reference(device: str) -> str:
     if C is None:
         return C_error
     if device == "cuda" and C.cuda_note:
-        return C.cuda_note
+        return f"{C.cuda_note} when it was built"
     return f"no {device} kernel is written for it yet"
 
 
@@ -86,5 +86,5 @@ def facts() -> dict[str, str]:
         **result,
         "instruction set in use": C.isa(),
         "instruction sets supported": ", ".join(C.supported_isas()),
-        "CUDA architectures": ", ".join(C.cuda_archs) or f"none: {C.cuda_note}",
+        "CUDA architectures": ", ".join(C.cuda_archs) or f"none: {C.cuda_note} when it was built",
     }
