@@ -20,15 +20,24 @@ DOCS = ("README.md", "CONTRIBUTING.md", "docs/")
 @lru_cache(maxsize=1)
 def tracked() -> Files:
     """{path: text} of what git tracks, of every file where this is no git checkout; "" for what is not text."""
-    git = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
-    names = [name for name in git.stdout.split("\0") if name and (ROOT / name).is_file()]
-    if git.returncode or not names:
-        skip = re.compile(
-            r"(^|/)(\.[a-z_]+|build|dist|demo|__pycache__|[^/]+\.egg-info)/|\.(so|pyc)$|not_compiled\.txt$"
-        )
-        paths = (path for path in ROOT.rglob("*") if path.is_file())
-        names = [name for path in paths if not skip.search(name := path.relative_to(ROOT).as_posix())]
-    return {name: _text(ROOT / name) for name in sorted(names)}
+    return {name: _text(ROOT / name) for name in sorted(names_by_git() or names_by_walking())}
+
+
+def names_by_git() -> list[str]:
+    try:
+        git = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [name for name in git.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def names_by_walking() -> list[str]:
+    """What .gitignore leaves, roughly."""
+    skip = re.compile(
+        r"(^|/)(\.(?!ci/)\w+|build|dist|demo|__pycache__|[^/]+\.egg-info)/|\.(so|pyc)$|not_compiled\.txt$"
+    )
+    names = (path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file())
+    return [name for name in names if not skip.search(name)]
 
 
 def _text(path: Path) -> str:
@@ -157,7 +166,9 @@ def pyproject(files: Files) -> dict:
 
 
 def documents(files: Files) -> Iterator[tuple[str, str]]:
-    return ((path, text) for path, text in files.items() if path.startswith(DOCS) and path.endswith(".md"))
+    for path, text in files.items():
+        if path.startswith(DOCS) and path.endswith(".md"):
+            yield path, re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
 
 
 def code_of(text: str) -> str:

@@ -29,6 +29,8 @@ from house import (
     imports,
     lines,
     module_all,
+    names_by_git,
+    names_by_walking,
     ops,
     parameters,
     pyproject,
@@ -410,10 +412,10 @@ lib.impl("haar_x", haar_x_ref, "CompositeExplicitAutograd")
 torch.library.register_fake("audiokernels::haar_x", _fake, lib=lib)
 describe("haar_x", _explain)
 '''
-HOUSE = {"tests/test_haar_x.py": "", "benchmarks/benchmark_haar_x.py": ""}
+HOUSE = {"tests/test_haar_x.py": "opcheck(op) fullgraph=True", "benchmarks/benchmark_haar_x.py": ""}
 
 
-def door(before: str, after: str = "") -> Files:
+def door(before: str, after: str) -> Files:
     assert before in DOOR
     return {f"{OPS}haar_x.py": DOOR.replace(before, after), **HOUSE}
 
@@ -427,6 +429,7 @@ def door(before: str, after: str = "") -> Files:
     ("not described", door('describe("haar_x"', 'describe("haar_y"')),
     ("sizes are SymInt", door("SymInt n", "int n")),
     ("out of order", {f"{OPS}haar_x.py": DOOR.replace("haar_x_ref(x", "_(x") + "def haar_x_ref(x): pass", **HOUSE}),
+    ("its test does without opcheck(", {**door("x", "x"), "tests/test_haar_x.py": "fullgraph=True"}),
     ("no tests/test_haar_x.py", {f"{OPS}haar_x.py": DOOR, "benchmarks/benchmark_haar_x.py": ""}),
     ("no benchmarks/benchmark_haar_x.py", {f"{OPS}haar_x.py": DOOR, "tests/test_haar_x.py": ""}),
     ("custom_op", {f"{OPS}x.py": "@torch.library.custom_op('audiokernels::x', mutates_args=())\ndef x(): pass"}),
@@ -462,6 +465,9 @@ def every_op_has_its_whole_room(files):
         for needed in (f"tests/test_{stem}.py", f"benchmarks/benchmark_{stem}.py"):
             if needed not in files:
                 yield f"{where}: no {needed}"
+        for word in ("opcheck(", "fullgraph=True"):
+            if word not in files.get(f"tests/test_{stem}.py", word):
+                yield f"{where}: its test does without {word}"
     for path, tree in python(files, OPS):
         for node in ast.walk(tree):
             if dotted(node).split(".")[-1] in ("custom_op", "triton_op"):
@@ -734,6 +740,12 @@ print("torch" in sys.modules and sys.modules["torch"].cuda.is_initialized())
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT.anchor)
     found, cuda = out.stdout.splitlines()
     assert set(found.split()) == ours and cuda == "False"
+
+
+def test_the_files_are_found_with_and_without_git():
+    walked = set(names_by_walking())
+    assert {"README.md", "audiokernels/__init__.py", "csrc/torch_stable.h", "tests/test_house.py"} <= walked
+    assert set(names_by_git()) <= walked
 
 
 def test_public_names_exist():
