@@ -195,9 +195,7 @@ def wavenet_pack(
     for name in ("head", "out"):
         weight, bias_ = _pad(w[f"{name}_weight"], 0, LANES), _pad(w[f"{name}_bias"], 0, LANES)
         parts += _pack_matrix(weight[:, None], bias_, dtype)
-    data = torch.cat(parts)
-    assert data.numel() == shape.pack_bytes(), (data.numel(), shape.pack_bytes())
-    return WaveNetPack(data, shape)
+    return WaveNetPack(torch.cat(parts), shape)
 
 
 def wavenet_unpack(data: Tensor, shape: WaveNetShape) -> dict[str, Tensor]:

@@ -8,10 +8,12 @@ from audiokernels import wavenet_pack
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 
-def weights_of(
-    n_layer, *, residual=16, hidden=16, skip=32, head=32, n_class=64, width=2, condition=0, seed=0, gain=3.0
-):
+SIZES = {"residual": 16, "hidden": 16, "skip": 32, "head": 32, "n_class": 64, "width": 2, "condition": 0}
+
+
+def weights_of(n_layer, *, seed=0, gain=3.0, **sizes):
     """Random weights at which signals keep their size through the layers; logits have a spread of about `gain`."""
+    residual, hidden, skip, head, n_class, width, condition = {**SIZES, **sizes}.values()
     g = torch.Generator().manual_seed(seed)
 
     def rn(*shape, k=1.0):
@@ -40,7 +42,7 @@ def pack_of(dilations, *, dtype=torch.float32, hop=1, **sizes):
 
 
 def full_logits(weights, dilations, codes, *, condition=None, hop=1, dtype=torch.float64):
-    """Logits of every sample at once, by dilated convolutions over the whole sequence: codes (batch, n) -> (batch, n, A).
+    """Logits of every sample at once, by dilated convolutions: codes (batch, n) -> (batch, n, n_class).
 
     logits[:, t] predicts codes[:, t] from the codes before it; the stream starts from code n_class // 2.
     """
