@@ -29,6 +29,12 @@ SIZES = [  # batch, dim_in, dim_out, width, dilation
 ]
 
 
+def assert_same(out, expected):
+    """Bit-equal from the kernels; the reference's matmul may sum in another order for another shape."""
+    tolerance = 0 if C else 1e-4
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Every instruction set that this processor has, each in turn."""
@@ -122,7 +128,7 @@ def test_rows_do_not_depend_on_the_batch(device, isa):
         )
         for b in range(9)
     ]  # fmt: skip
-    assert torch.equal(dilated_conv_update(**args), torch.cat(alone))
+    assert_same(dilated_conv_update(**args), torch.cat(alone))
 
 
 def test_threads_do_not_change_a_bit():
@@ -152,7 +158,7 @@ def test_any_strides_and_offsets_inside_nan(dtype, device, isa):
         assert not view.is_contiguous()
     before = {name: buffer.clone() for name, buffer in buffers.items()}
     out = dilated_conv_update(**views, dilation=2)
-    assert torch.equal(out, expected)
+    assert_same(out, expected)
     for name, buffer in buffers.items():
         changed = ~((buffer == before[name]) | (buffer.isnan() & before[name].isnan()))
         if name == "conv_state":
@@ -227,7 +233,8 @@ def test_any_shape(size, dtype, position, isa_name):
         args = make(*size, dtype, seed=position % 1000)
         args["position"].fill_(position)
         expected, after = conv1d_step(args, torch.float64)
-        scale = float(args["weight"].double().abs().sum((1, 2)).max() * 4)
+        absolute = {name: value.abs() for name, value in args.items() if name in ("x", "conv_state", "weight", "bias")}
+        scale = float(conv1d_step(args | absolute, torch.float64)[0].max())  # sum of |weight| |tap|, and |bias|
         out = dilated_conv_update(**args)
         assert float((out.double() - expected).abs().max()) <= 2 * torch.finfo(dtype).eps * scale
         assert torch.equal(args["conv_state"], after)
@@ -267,7 +274,8 @@ def test_compile_fullgraph_dynamic():
         return 2 * dilated_conv_update(x, conv_state, weight, bias, position, dilation=dilation)
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    backend = "inductor" if C else "aot_eager"  # inductor needs a compiler too
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
     for size in ((4, 5, 7, 3, 10), (6, 11, 9, 3, 8), (5, 12, 16, 3, 20)):
         args = make(*size)
         eager = copy(args)
