@@ -218,6 +218,13 @@ def test_a_decoder_that_ends_early(tmp_path, monkeypatch):
     refused(tmp_path / "a.wav", "is truncated; its header claims 16000 samples, 9000 are there")
 
 
+def test_a_decoder_that_does_not_end(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", sine(100), RATE)
+    monkeypatch.setattr(soundfile.SoundFile, "frames", property(lambda _: 100))
+    assert len(read_audio(tmp_path / "a.wav")[0]) == RATE
+    refused(tmp_path / "a.wav", "may last 0.5 s at most; it holds more", max_seconds=0.5)
+
+
 @pytest.mark.parametrize("rate", [0, 999, 768001, 1 << 31, (1 << 32) - 1])
 def test_sample_rate_limits(tmp_path, rate):
     (tmp_path / "a.wav").write_bytes(wav(rate=rate))
