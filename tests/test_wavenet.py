@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("huggingface_hub")
 import torch
+from audiomodels import peers
 from audiomodels.pretrained import ModelError
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 from torch.nn import functional as F
@@ -390,3 +391,27 @@ class Canary:
 
     def __reduce__(self):
         return (os.mkdir, (self.path,))
+
+
+# --- the peers of the benchmarks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_peers_draw_the_same_codes(width, batch):
+    model = make(n_class=64, kernel_size=width)
+    uniforms = audiokernels.philox_uniform(3, batch, 150)
+    codes = model.generate(150, seed=3, batch=batch).long()
+    weights = {name: tensor.detach() for name, tensor in model.weights().items()}
+    assert torch.equal(peers.ring_buffers(weights, model.config.dilations, uniforms), codes)
+    assert torch.equal(peers.recompute(model, uniforms[:, :40]), codes[:, :40])
+    assert torch.equal(peers.recompute(model, uniforms[:, 100:], codes[:, :100]), codes[:, 100:])
+    assert peers.ring_buffers(weights, model.config.dilations, uniforms[:, :0]).shape == (batch, 0)
+
+
+def test_peers_are_slower():
+    rates = peers.samples_per_second(WaveNet(WaveNetConfig(n_layer=10)), seconds=0.05, rounds=3)
+    assert list(rates) == ["fused kernel", "ring buffers", "recomputation"]
+    assert rates["ring buffers"] > rates["recomputation"] > 0
+    if audiokernels.backends()["wavenet_generate"]["cpu"].startswith("C++"):
+        assert rates["fused kernel"] > 2 * rates["ring buffers"]
