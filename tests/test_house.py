@@ -220,7 +220,7 @@ def the_dispatcher_picks_the_device(files):
     ("AUDIOKERNELS_FAST is none", {"CMakeLists.txt": "set(x $ENV{AUDIOKERNELS_FAST})"}),
 )
 def no_environment_variable_is_read_at_call_time(files):
-    for path, tree in python(files, OPS, MODELS, "benchmarks/"):
+    for path, tree in python(files, OPS, MODELS):
         for function in functions(tree):
             for node in ast.walk(function):
                 name = dotted(node)
