@@ -147,16 +147,12 @@ def _describe(x, conv_state, weight, bias, position, *, dilation) -> Explanation
     _check(x, conv_state, weight, bias, position, dilation)
     (batch, dim_in), (dim_out, _, width) = x.shape, weight.shape
     numbers = weight.numel() + dim_out + batch * (dim_in * (width + 1) + dim_out)
-    kernel, why = REFERENCE, implementation("dilated_conv_update", x.device.type)
+    device, float64 = x.device.type, x.dtype == torch.float64
+    kernel, why = REFERENCE, implementation("dilated_conv_update", device)
     if not why.startswith(REFERENCE):
-        kernel, why = C.dilated_conv_update_plan(
-            x.device.type == "cuda",
-            x.dtype == torch.float64,
-            batch,
-            dim_out,
-            dim_in * width,
-            torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 0,
-        )
+        cuda = device == "cuda"
+        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if cuda else 0
+        kernel, why = C.dilated_conv_update_plan(cuda, float64, batch, dim_out, dim_in * width, multiprocessors)
     return Explanation(kernel, why, 2 * batch * dim_out * dim_in * width, numbers * x.element_size())
 
 

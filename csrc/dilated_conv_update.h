@@ -36,11 +36,18 @@ inline DilatedConvUpdateKernel dilated_conv_update_plan(bool cuda, bool float64,
 
 enum class DilatedConvDtype { float32, bfloat16, float16, float64 };
 
-// sums[b * sums_stride + r] = sum_j weight[r * weight_stride + j] * taps[b * n + j] for r in [first, last).
-#define AUDIOKERNELS_DECLARE(isa)                                                                                  \
-  namespace isa {                                                                                                  \
-  void dilated_conv_dots(DilatedConvDtype dtype, const void* weight, int64_t weight_stride, const float* taps,     \
-                         int64_t n, int64_t batch, int64_t first, int64_t last, float* sums, int64_t sums_stride); \
+// sums[b * rows + r] = sum_j weight[r * weight_stride + j] * taps[b * n + j] for r in [first, last) and every b.
+struct RowDots {
+  const void* weight;
+  int64_t weight_stride;
+  const float* taps;
+  int64_t n, batch, rows;
+  float* sums;
+};
+
+#define AUDIOKERNELS_DECLARE(isa)                                                                \
+  namespace isa {                                                                                \
+  void dilated_conv_dots(DilatedConvDtype dtype, const RowDots& d, int64_t first, int64_t last); \
   }
 AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_DECLARE)
 #undef AUDIOKERNELS_DECLARE

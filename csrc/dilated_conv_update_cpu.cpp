@@ -73,9 +73,8 @@ void run_simd(const DilatedConvUpdate& c, DilatedConvDtype dtype) {
 
   gather_taps<T>(c, taps);
   const auto dots = pick_dots();
-  const auto rows = [&](int64_t first, int64_t last) {
-    dots(dtype, c.weight, c.weight_stride, taps, c.taps, c.batch, first, last, sums, c.dim_out);
-  };
+  const RowDots call{c.weight, c.weight_stride, taps, c.taps, c.batch, c.dim_out, sums};
+  const auto rows = [&](int64_t first, int64_t last) { dots(dtype, call, first, last); };
   const int64_t work = n_taps * c.dim_out;
   if (work < kParallelWork) {
     rows(0, c.dim_out);

@@ -90,33 +90,28 @@ AK_INLINE void dots(const typename W::Number* weight, int64_t stride, const floa
   for (int r = 0; r < rows; r++) sums[r] = sum_lanes(acc[r]);
 }
 
+template <class W, int rows>
+AK_INLINE void dots_over_batch(const RowDots& d, int64_t r) {
+  const typename W::Number* weight = (const typename W::Number*)d.weight + r * d.weight_stride;
+  for (int64_t b = 0; b < d.batch; b++) {
+    dots<W, rows>(weight, d.weight_stride, d.taps + b * d.n, d.n, d.sums + b * d.rows + r);
+  }
+}
+
 template <class W>
-AK_INLINE void all_dots(const void* weight_data, int64_t weight_stride, const float* taps, int64_t n, int64_t batch,
-                        int64_t first, int64_t last, float* sums, int64_t sums_stride) {
-  const typename W::Number* weight = (const typename W::Number*)weight_data;
+AK_INLINE void all_dots(const RowDots& d, int64_t first, int64_t last) {
   int64_t r = first;
-  for (; r + 8 <= last; r += 8) {  // eight rows stay in the cache over the batch
-    for (int64_t b = 0; b < batch; b++) {
-      dots<W, 8>(weight + r * weight_stride, weight_stride, taps + b * n, n, sums + b * sums_stride + r);
-    }
-  }
-  for (; r < last; r++) {
-    for (int64_t b = 0; b < batch; b++) {
-      dots<W, 1>(weight + r * weight_stride, weight_stride, taps + b * n, n, sums + b * sums_stride + r);
-    }
-  }
+  for (; r + 8 <= last; r += 8) dots_over_batch<W, 8>(d, r);  // eight rows stay in the cache over the batch
+  for (; r < last; r++) dots_over_batch<W, 1>(d, r);
 }
 
 }  // namespace
 
-void dilated_conv_dots(DilatedConvDtype dtype, const void* weight, int64_t weight_stride, const float* taps, int64_t n,
-                       int64_t batch, int64_t first, int64_t last, float* sums, int64_t sums_stride) {
+void dilated_conv_dots(DilatedConvDtype dtype, const RowDots& d, int64_t first, int64_t last) {
   switch (dtype) {
-    case DilatedConvDtype::bfloat16:
-      return all_dots<BFloat16>(weight, weight_stride, taps, n, batch, first, last, sums, sums_stride);
-    case DilatedConvDtype::float16:
-      return all_dots<Float16>(weight, weight_stride, taps, n, batch, first, last, sums, sums_stride);
-    default: return all_dots<Float32>(weight, weight_stride, taps, n, batch, first, last, sums, sums_stride);
+    case DilatedConvDtype::bfloat16: return all_dots<BFloat16>(d, first, last);
+    case DilatedConvDtype::float16: return all_dots<Float16>(d, first, last);
+    default: return all_dots<Float32>(d, first, last);
   }
 }
 
