@@ -9,13 +9,16 @@ Both take the numbers and the model that the kernel takes, so that their codes c
 import statistics
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import audiokernels
-from audiomodels.wavenet import WaveNet
+
+if TYPE_CHECKING:  # ring_buffers needs torch alone, on machines without the [models] extra too
+    from audiomodels.wavenet import WaveNet
 
 
 @torch.inference_mode()
@@ -33,9 +36,9 @@ def ring_buffers(weights: dict[str, Tensor], dilations: list[int], uniforms: Ten
     skip = weights["skip_weight"].transpose(0, 1).flatten(1), weights["skip_bias"].sum(0)
     head, out = ((weights[f"{name}_weight"], weights[f"{name}_bias"]) for name in ("head", "out"))
     n_class, residual = weights["embedding"].shape
-    silence = torch.zeros(*rows, residual)
+    silence = weights["embedding"].new_zeros(*rows, residual)
     rings = [[silence] * ((width - 1) * d) for d in dilations]
-    code, codes = torch.full(rows, n_class // 2), []
+    code, codes = torch.full(rows, n_class // 2, device=silence.device), []
     for t in range(n):
         x, hs = weights["embedding"][code], []
         for layer, (ring, d) in enumerate(zip(rings, dilations, strict=True)):
@@ -50,7 +53,7 @@ def ring_buffers(weights: dict[str, Tensor], dilations: list[int], uniforms: Ten
         logits = linear(F.relu(linear(F.relu(linear(torch.cat(hs, -1), *skip)), *head)), *out)
         code = draw(logits, uniforms[:, t].view(*rows, 1))
         codes.append(code)
-    return torch.stack(codes, -1).view(batch, n) if codes else torch.empty(batch, 0, dtype=torch.int64)
+    return torch.stack(codes, -1).view(batch, n) if codes else torch.empty_like(uniforms, dtype=torch.int64)
 
 
 def _linear_of_vector(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -58,12 +61,12 @@ def _linear_of_vector(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def recompute(model: WaveNet, uniforms: Tensor, past: Tensor | None = None) -> Tensor:
+def recompute(model: "WaveNet", uniforms: Tensor, past: Tensor | None = None) -> Tensor:
     """Draw after `past` (batch, m) (default: a fresh state). uniforms (batch, n) -> codes (batch, n) int64.
 
     In its favour, each layer is run only on the times that the one prediction needs.
     """
-    start = torch.full((uniforms.shape[0], 1), model.config.n_class // 2)
+    start = torch.full((uniforms.shape[0], 1), model.config.n_class // 2, device=uniforms.device)
     codes = start if past is None else torch.cat([start, past.long()], 1)
     for t in range(uniforms.shape[1]):
         logits = model(codes[:, -model.receptive_field :], length=1)[:, 0]
@@ -77,7 +80,7 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cdf, uniform * cdf[..., -1:], right=True)[..., 0].clamp_(max=logits.shape[-1] - 1)
 
 
-def samples_per_second(model: WaveNet, *, batch: int = 1, seconds: float = 1.0, rounds: int = 5) -> dict[str, float]:
+def samples_per_second(model: "WaveNet", *, batch: int = 1, seconds: float = 1.0, rounds: int = 5) -> dict[str, float]:
     """Total samples/s of the fused kernel and of both peers: medians over rounds in which each has its turn.
 
     One thread, by its CPU time, so that other programs count little. seconds: length of a turn. A recomputing step is
