@@ -1,20 +1,45 @@
-"""Reading the tracked files as text, syntax trees and C++ declarations, for test_house.py."""
+"""Reading the tracked files as text, syntax trees and C++ declarations, for test_house.py and test_documents.py."""
 
 import ast
 import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 Files = dict[str, str]
 
 OPS, MODELS = "audiokernels/", "python/audiomodels/"
+PROJECT = '[project]\nversion = "9.8.7"\nlicense = "Apache-2.0"\ndependencies = ["torch>=2.11", "numpy"]\n'  # a sample
 DOCS = ("README.md", "CONTRIBUTING.md", "docs/")
+
+
+class Rules(list):
+    """As a decorator, registers a rule with samples: (words that must stand in what it says, files); "" for nothing."""
+
+    def __call__(self, *samples: tuple[str, Files]) -> Callable:
+        def register(check: Callable[[Files], Iterator[str]]) -> Callable:
+            self.append(pytest.param(check, samples, id=check.__name__))
+            return check
+
+        return register
+
+
+def violations(check: Callable[[Files], Iterator[str]]) -> str:
+    return "\n".join(sorted(check(tracked())))
+
+
+def unseen(check: Callable[[Files], Iterator[str]], samples: tuple[tuple[str, Files], ...]) -> list[str]:
+    """The samples in which the rule does not see what they are named after (or sees something, where that is "")."""
+    found = [(words, list(check(files))) for words, files in samples]
+    right = [any(words in line for line in seen) if words else not seen for words, seen in found]
+    return [f"{words!r} not in {seen}" for ok, (words, seen) in zip(right, found, strict=True) if not ok]
 
 
 @lru_cache(maxsize=1)

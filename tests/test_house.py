@@ -5,25 +5,22 @@ see none, and over its planted samples, in each of which it must see the violati
 """
 
 import ast
-import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from house import (
     MODELS,
     OPS,
-    ROOT,
+    PROJECT,
     Files,
+    Rules,
     calls,
-    code_of,
     cpp,
     cpp_functions,
-    documents,
     dotted,
     functions,
     imports,
@@ -36,12 +33,12 @@ from house import (
     pyproject,
     python,
     tracked,
+    unseen,
+    violations,
 )
 
 import audiokernels
 
-CLIPS = f"{MODELS}clips/"
-AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".au", ".opus")
 CODE = (".py", ".pyi", ".cpp", ".h", ".cu", ".txt", ".sh", ".md", ".toml")
 SHARED = {"philox", "backends"}  # modules of audiokernels that belong to no room, beside those with an underscore
 SHARED_HEADERS = {"isa.h", "simd.h", "torch_stable.h", "cuda_stream.h"}
@@ -50,17 +47,7 @@ TORCHRUN = {"WORLD_SIZE", "RANK", "LOCAL_RANK"}  # it tells its processes nothin
 BUILD_VARIABLES = {"AUDIOKERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "DEBUG"} | {"CXX", "CUDACXX", "CUDA_HOME", "PATH"}
 DISTRIBUTION = {"sklearn": "scikit-learn", "torch.utils.tensorboard": "tensorboard"}  # where names differ
 
-RULES = []
-
-
-def rule(*samples: tuple[str, Files]) -> Callable:
-    """Register a rule with samples: (words that must stand in what it says, files); "" where it must say nothing."""
-
-    def register(check: Callable[[Files], Iterator[str]]) -> Callable:
-        RULES.append(pytest.param(check, samples, id=check.__name__))
-        return check
-
-    return register
+rule = Rules()
 
 
 # ---- who may import what
@@ -521,21 +508,15 @@ def simd_files_share_no_code(files):
 # ---- build
 
 
-PROJECT = '[project]\nversion = "0.1.0"\nlicense = "Apache-2.0"\ndependencies = ["torch>=2.11", "numpy"]\n'
-
-
 @rule(
-    ("setup.py:1: version", {"pyproject.toml": PROJECT, "setup.py": 'setup(version="0.1.0")'}),
-    ("CMakeLists.txt:1: version", {"pyproject.toml": PROJECT, "CMakeLists.txt": "project(x VERSION 0.1.0)"}),
-    ("x.py:1: version", {"pyproject.toml": PROJECT, f"{OPS}x.py": '__version__ = "0.1.0"'}),
+    ("setup.py:1: version", {"pyproject.toml": PROJECT, "setup.py": 'setup(version="9.8.7")'}),
+    ("CMakeLists.txt:1: version", {"pyproject.toml": PROJECT, "CMakeLists.txt": "project(x VERSION 9.8.7)"}),
+    ("x.py:1: version", {"pyproject.toml": PROJECT, f"{OPS}x.py": '__version__ = "9.8.7"'}),
 )
 def version_stands_in_one_place(files):
     version = re.escape(pyproject(files)["project"]["version"])
     for path, text in files.items():
-        if (
-            path.endswith((".py", ".h", ".cpp", ".cu", ".sh", "CMakeLists.txt", "Makefile"))
-            and "test_house" not in path
-        ):
+        if path.endswith((".py", ".h", ".cpp", ".cu", ".sh", "CMakeLists.txt", "Makefile")):
             yield from (f"{path}:{line}: version" for line, _ in lines(rf"(?<![\d.]){version}(?![\d.])", text))
 
 
@@ -578,168 +559,42 @@ def dependencies_have_lower_bounds_only(files):
         yield "pyproject.toml: needs more than torch and numpy"
 
 
-@rule(
-    ("machine path", {"README.md": "see /" + "root/x"}),
-    ("machine path", {"tests/x.py": 'open("/' + 'tmp/x")'}),
-    ("registry", {"Makefile": "pip install --index" + "-url x"}),
-    ("registry", {"docs/x.md": "https://pypi" + ".org/simple"}),
-)
-def no_machine_path_and_no_registry(files):
-    for path, text in files.items():
-        for line, match in lines(r"(?<![\w.~/*-])/(?:work|root|tmp|home|Users|opt)(?![\w-])[\w/.-]*", text):
-            yield f"{path}:{line}: machine path {match[0]}"
-        hosts = (
-            r"(?i)pypi[.]org|pythonhosted[.]org|download[.]pytorch|anaconda[.]org|--(?:extra-)?index-url|find[-]links"
-        )
-        yield from (f"{path}:{line}: registry {match[0]}" for line, match in lines(hosts, text))
-
-
-# ---- licences
-
-
-@rule(
-    ("b.flac is not in LICENSES", {f"{CLIPS}b.flac": "", f"{CLIPS}LICENSES": "a.flac", f"{CLIPS}manifest.jsonl": ""}),
-    (
-        "a.flac is not in manifest.jsonl",
-        {
-            f"{CLIPS}a.flac": "",
-            f"{CLIPS}LICENSES": "a.flac  (1.0 s)\n    licence: CC0-1.0\n    credit:  x\n",
-            f"{CLIPS}manifest.jsonl": "",
-        },
-    ),
-    (
-        "differs from the manifest's",
-        {
-            f"{CLIPS}a.flac": "",
-            f"{CLIPS}LICENSES": "a.flac  (1.0 s)\n    licence: CC0-1.0\n    credit:  x\n",
-            f"{CLIPS}manifest.jsonl": '{"path": "a.flac", "license": "CC-BY-3.0", "credit": "x"}',
-        },
-    ),
-    ("there is no such clip", {f"{CLIPS}LICENSES": "", f"{CLIPS}manifest.jsonl": '{"path": "a.flac"}'}),
-    ("outside", {"docs/x.wav": "", f"{CLIPS}LICENSES": "", f"{CLIPS}manifest.jsonl": ""}),
-)
-def every_clip_has_its_licence(files):
-    rows = {row["path"]: row for row in map(json.loads, files[f"{CLIPS}manifest.jsonl"].splitlines())}
-    entry = r"^(\S+)  \([\d.]+ s\)\n    licence: (\S+)\n    credit:  (.*)$"
-    licences = {match[1]: (match[2], match[3]) for _, match in lines(entry, files[f"{CLIPS}LICENSES"])}
-    clips = {path.removeprefix(CLIPS) for path in files if path.endswith(AUDIO)}
-    for clip in sorted(clips | set(rows) | set(licences)):
-        if clip not in clips:
-            yield f"{clip}: there is no such clip"
-        elif f"{CLIPS}{clip}" not in files:
-            yield f"{clip}: a recording outside of {CLIPS}"
-        elif clip not in licences:
-            yield f"{clip} is not in LICENSES"
-        elif clip not in rows:
-            yield f"{clip} is not in manifest.jsonl"
-        elif licences[clip] != (rows[clip]["license"], rows[clip]["credit"]):
-            yield f"{clip}: its licence or credit differs from the manifest's"
-
-
-@rule(
-    ("is not the full Apache", {"LICENSE": "MIT License", "pyproject.toml": PROJECT, "README.md": "Apache-2.0"}),
-    (
-        "pyproject.toml: names another",
-        {
-            "LICENSE": "Apache License\n Version 2.0" + "\n" * 200 + "END OF TERMS AND CONDITIONS",
-            "pyproject.toml": PROJECT.replace("Apache-2.0", "MIT"),
-            "README.md": "Apache-2.0",
-        },
-    ),
-    (
-        "does not name CC-BY-9",
-        {
-            "LICENSE": "",
-            "pyproject.toml": PROJECT,
-            "README.md": "Apache-2.0",
-            f"{CLIPS}LICENSES": "    licence: CC-BY-9\n",
-        },
-    ),
-)
-def licence_is_apache_and_the_readme_says_what_else(files):
-    text = files.get("LICENSE", "")
-    if text.count("\n") < 190 or not all(s in text for s in ("Apache License", "Version 2.0", "END OF TERMS")):
-        yield "LICENSE: is not the full Apache License 2.0"
-    if pyproject(files)["project"]["license"] != "Apache-2.0":
-        yield "pyproject.toml: names another licence"
-    named = {match[1] for _, match in lines(r"^    licence: (\S+)$", files.get(f"{CLIPS}LICENSES", ""))}
-    for licence in sorted(named | {"Apache-2.0"}):
-        if licence not in files.get("README.md", ""):
-            yield f"README.md: does not name {licence}"
-
-
-# ---- what the documents say
-
-
-@rule(
-    ("no target fly", {"README.md": "```\nmake demo\nmake fly\n```", "Makefile": "demo: x\n"}),
-    ("no such file: csrc/x.cpp", {"CONTRIBUTING.md": "see `csrc/x.cpp`"}),
-    ("no such file: docs/x.png", {"README.md": "![picture](docs/x.png)"}),
-    ("no such file: docs/y.md", {"docs/x.md": "[page](y.md)"}),
-)
-def documents_name_what_exists(files):
-    targets = set(re.findall(r"^([a-z][a-z-]*):", files.get("Makefile", ""), re.MULTILINE))
-    folders = {str(parent) for path in files for parent in Path(path).parents}
-    for path, text in documents(files):
-        code = code_of(text)
-        for target in re.findall(r"\bmake ([a-z][a-z-]*)", code):
-            if target not in targets:
-                yield f"{path}: no target {target} in the Makefile"
-        named = re.findall(
-            r"(?<![\w<./-])((?:audiokernels|python|csrc|tests|benchmarks|docs)/[\w./-]*\w)(?![\w<*/>-])", code
-        )
-        links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
-        for name in named + [os.path.normpath(Path(path).parent / link) for link in links]:
-            if name not in files and name not in folders:
-                yield f"{path}: no such file: {name}"
-
-
 # ---- the rules at work
 
 
-@pytest.mark.parametrize(("check", "samples"), RULES)
+@pytest.mark.parametrize(("check", "samples"), rule)
 def test_rule(check, samples):
-    found = sorted(check(tracked()))
-    assert not found, "\n" + "\n".join(found)
+    assert violations(check) == ""
 
 
-@pytest.mark.parametrize(("check", "samples"), RULES)
+@pytest.mark.parametrize(("check", "samples"), rule)
 def test_rule_sees_what_breaks_it(check, samples):
-    assert samples
-    for words, files in samples:
-        found = list(check(files))
-        assert any(words in line for line in found) if words else not found, f"{words}: {found}"
-
-
-@pytest.mark.parametrize("path", [path for path, text in documents(tracked()) if "```python\n" in text])
-def test_python_blocks_of_documents_run(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names: dict = {"__name__": "document"}
-    for line, match in lines(r"^```python\n(.*?)^```", tracked()[path], re.DOTALL):
-        exec(compile("\n" * line + match[1], path, "exec"), names)
+    assert samples and not unseen(check, samples)
 
 
 # ---- importing
 
 
-@pytest.mark.parametrize(
-    ("before", "module", "ours"),
-    [("torch, numpy", "audiokernels", {"audiokernels"}), ("sys", "audiomodels", {"audiomodels"})],
-)
-def test_import_brings_in_nothing_else(before, module, ours):
-    """audiokernels adds itself to torch and numpy; audiomodels, whose names load lazily, adds nothing at all."""
+def brought_in(module: str, before: str, path: Path) -> set[str]:
+    """Top-level packages outside of the standard library that `import module` loads after those of `before`."""
     script = f"""
-import sys, warnings
+import sys
 import {before}
 loaded = set(sys.modules)
 import {module}
-roots = {{name.split(".")[0] for name in set(sys.modules) - loaded}}
-print(*sorted(root for root in roots if root not in sys.stdlib_module_names and not root.startswith("__editable__")))
-print("torch" in sys.modules and sys.modules["torch"].cuda.is_initialized())
+print(*{{name.split(".")[0] for name in set(sys.modules) - loaded}})
+assert "torch" not in sys.modules or not sys.modules["torch"].cuda.is_initialized()
 """
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT.anchor)
-    found, cuda = out.stdout.splitlines()
-    assert set(found.split()) == ours and cuda == "False"
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=path)
+    return {name for name in out.stdout.split() if name not in sys.stdlib_module_names and "__editable__" not in name}
+
+
+def test_import_brings_in_nothing_else(tmp_path):
+    """audiokernels adds itself to torch and numpy; audiomodels, whose names load lazily, adds nothing at all."""
+    assert brought_in("audiokernels", "torch, numpy", tmp_path) == {"audiokernels"}
+    assert brought_in("audiomodels", "sys", tmp_path) == {"audiomodels"}
+    (tmp_path / "planted.py").write_text("import numpy")
+    assert brought_in("planted", "sys", tmp_path) >= {"planted", "numpy"}
 
 
 def test_the_files_are_found_with_and_without_git():
