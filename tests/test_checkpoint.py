@@ -171,6 +171,7 @@ def test_the_last_ones_are_kept(tmp_path):
         checkpoint.save(tmp_path, step=number, model=model, optimizer=optimizer, keep=3)
     names = [path.name for path in checkpoint.checkpoints(tmp_path)]
     assert names == ["step-00000009", "step-00000010", "step-2000000000"]
+    assert checkpoint.latest(tmp_path).name == "step-2000000000"
     checkpoint.save(tmp_path, step=2_000_000_001, model=model, keep=1)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-2000000001"]
     assert len(os.listdir(tmp_path)) == 6
@@ -190,6 +191,10 @@ def test_clean_takes_only_leftovers(tmp_path):
     checkpoint.clean(path.parent)
     assert os.listdir(path.parent) == [path.name] and (precious / "file").exists()
     assert checkpoint.load(path, model=model)[0] == 3
+    (path.parent / ".tmp-step-00000004").mkdir()  # in the way of the next save, and of one after it
+    (path.parent / ".tmp-step-00000007").mkdir()
+    checkpoint.save(path.parent, step=4, model=model, optimizer=optimizer)
+    assert sorted(os.listdir(path.parent)) == ["step-00000003", "step-00000004"]
 
 
 def test_a_step_is_written_once(tmp_path):
@@ -397,7 +402,16 @@ def test_things_that_are_not_files(tmp_path):
             os.rmdir(path / name) if (path / name).is_dir() else (path / name).unlink()
             (path / name).write_bytes(content)
     checkpoint.load(path, model=model, optimizer=optimizer)
-    for wrong in (tmp_path, tmp_path / "step-3", tmp_path / "step-00000004", tmp_path / "nowhere" / "step-00000003"):
+    shutil.copytree(path, tmp_path / "renamed")
+    shutil.copytree(path, tmp_path / "step-00000005")
+    for wrong in (
+        tmp_path / "renamed",
+        tmp_path / "step-00000005",
+        tmp_path,
+        tmp_path / "step-3",
+        tmp_path / "step-00000004",
+        tmp_path / "nowhere" / "step-00000003",
+    ):
         with pytest.raises(CheckpointError, match=re.escape(str(wrong))):
             checkpoint.load(wrong, model=model)
 
@@ -409,7 +423,7 @@ def test_bombs_take_neither_memory_nor_time(tmp_path):
     assert len(reports) == 10
     for what, seconds, megabytes, error in reports:
         assert error.startswith("CheckpointError"), (what, error)
-        assert seconds < 1 and megabytes < 200, (what, seconds, megabytes)
+        assert seconds < 2 and megabytes < 200, (what, seconds, megabytes)  # an idle core takes half a second at most
 
 
 def bombs(tmp_path):

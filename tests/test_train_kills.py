@@ -42,7 +42,7 @@ def check_kills(report, kills, signals):
 
 
 def test_20_kills(tmp_path):
-    """kill -9 at 9 seeded moments and at 9 seeded lines of checkpoint.py and train.py; SIGTERM and Ctrl-C at 6 moments.
+    """kill -9 at 9 seeded moments and 9 seeded lines of the code that trains and saves; SIGTERM and Ctrl-C at 6 moments.
 
     The children are forks of one process that has imported torch and done nothing with it. Two more kills, of fresh
     processes, are in the next test.
@@ -174,7 +174,7 @@ def forked(out, rng, plan, when=0.0):
 
 def fork_main(out, writer, last_line):
     """Train, say each step that is safe, and die at line `last_line` of the code that trains and saves."""
-    files, count, first = (checkpoint.__file__, train.__file__), 0, True
+    files, count, first = (checkpoint.__file__, train.__file__, shutil.__file__), 0, True
 
     def trace(frame, event, argument):
         nonlocal count

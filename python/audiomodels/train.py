@@ -253,17 +253,18 @@ def fit(
     """
     if config.schedule == "plateau" and valid is None:
         raise ValueError("schedule 'plateau' needs valid recordings")
-    run = _Run(model, crops, config)
+    stop = _Stop()
+    run = _Run(model, crops, config, stop)
     with contextlib.ExitStack() as stack:
         if run.rank == 0:
             stack.enter_context(checkpoint.lock(config.out))
             checkpoint.clean(config.out)
-        stop = stack.enter_context(_Stop())
+        stack.enter_context(stop)
         run.start()
         log = stack.enter_context(_Log(config, run.step, run.rank))
         bar = stack.enter_context(_bar(config, run.step, run.rank))
         while run.step < config.steps:
-            bits, speed = run.train_step(stop.signal != 0)
+            bits, speed = run.train_step()
             log.train(run.step, bits, run.lr(run.step - 1), speed)
             if valid is not None and run.due(config.eval_every):
                 log.valid(run.step, run.validate(valid))
@@ -282,8 +283,8 @@ def fit(
 class _Run:
     """Model, optimizer and position of one training run; every rank has one."""
 
-    def __init__(self, model: nn.Module, crops: Callable[[int], Any], config: TrainConfig) -> None:
-        self.crops, self.config = crops, config
+    def __init__(self, model: nn.Module, crops: Callable[[int], Any], config: TrainConfig, stop: _Stop) -> None:
+        self.crops, self.config, self.stop = crops, config, stop
         self.model, self.optimizer, self.device = _place(model, config)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if checkpoint.distributed() else (0, 1)
         if config.batch % self.world:
@@ -324,7 +325,7 @@ class _Run:
     def due(self, every: int) -> bool:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
-    def train_step(self, stop: bool) -> tuple[float, float]:
+    def train_step(self) -> tuple[float, float]:
         """One step on the next crops: (bits per sample, NaN if the step was skipped; targets per second)."""
         began = time.perf_counter()
         inputs, targets, extra = self.batch()
@@ -336,7 +337,8 @@ class _Run:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        sums = torch.stack([loss.detach(), norm, torch.tensor(float(stop), device=self.device)])
+        asked = torch.tensor(float(self.stop.signal != 0), device=self.device)
+        sums = torch.stack([loss.detach(), norm, asked])
         if self.world > 1:  # every rank must come to the same decisions
             dist.all_reduce(sums)
         loss_sum, norm_sum, stops = sums.tolist()
@@ -434,17 +436,21 @@ def _place(model: nn.Module, config: TrainConfig) -> tuple[nn.Module, torch.opti
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+
+    def adamw() -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
     if any(hasattr(p, "device_mesh") for p in parameters):  # sharded by the caller
-        return model, torch.optim.AdamW(groups, lr=config.lr), parameters[0].device
+        return model, adamw(), parameters[0].device
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         cpu = config.device == "cpu" or not torch.cuda.is_available()
         accelerator = require("accelerate", "train").Accelerator(cpu=cpu, mixed_precision="no")
-        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, lr=config.lr))
+        model, optimizer = accelerator.prepare(model, adamw())
         return model, optimizer.optimizer, accelerator.device
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(name), torch.optim.AdamW(groups, lr=config.lr), torch.device(name)
+    return model.to(name), adamw(), torch.device(name)
 
 
 def _finite(tensor: Tensor) -> bool:
