@@ -11,12 +11,12 @@
 #                  load the benchmarks, and print what would run
 #
 # A room is found by its files: benchmarks/benchmark_<room>.py, or tests/test_<room>.py beside audiokernels/<room>.py;
-# its tests are tests/test_<room>.py and tests/test_<room>_*.py. A test is for the GPU if its name, parameters or markers
-# say "cuda" or "gpu". The sanitizer runs what is marked `sanitize` (without such a mark: the GPU tests, but no CUDA graph,
-# compile, export, opcheck), and racecheck what is marked `racecheck`.
+# its tests are tests/test_<room>.py and tests/test_<room>_*.py. A test is for the GPU if its name, parameters or
+# markers say "cuda" or "gpu". compute-sanitizer's memcheck and synccheck run those of a file that say "sanitize" too
+# (in a file without that word: all but CUDA graphs, compile, export and opcheck), racecheck those that say "racecheck".
 #
-# Variables: PYTHON (default python3, or .venv/bin/python), COMMIT (for the CSV, where the tree has no .git), OUT (a folder
-# that gets a copy of the results), AUDIOKERNELS_CUDA and TORCH_CUDA_ARCH_LIST for the build.
+# Variables: PYTHON (default python3, or .venv/bin/python), COMMIT (for the CSV, where the tree has no .git), OUT (a
+# folder that gets a copy of the results), AUDIOKERNELS_CUDA and TORCH_CUDA_ARCH_LIST for the build.
 # Leaves benchmarks/results/<device>.csv, and in build/on_gpu/ the log, the pictures and the installed package.
 # Exit: 0 all well, 1 a stage failed or was left out for lack of time, 2 wrong usage or no GPU.
 set -u -o pipefail
@@ -218,11 +218,11 @@ for room in "${chosen[@]}"; do
   fi
   for file in "${files[@]}"; do
     selection=(-m "not slow" -k "$SANITIZE_UNMARKED")
-    grep -q "mark\.sanitize" "$file" && selection=(-m sanitize)
+    grep -q sanitize "$file" && selection=(-k "($GPU_TESTS) and sanitize")
     tools=(memcheck synccheck)
-    grep -q "mark\.racecheck" "$file" && tools+=(racecheck)
+    grep -q racecheck "$file" && tools+=(racecheck)
     for tool in "${tools[@]}"; do
-      [ "$tool" = racecheck ] && selection=(-m racecheck)
+      [ "$tool" = racecheck ] && selection=(-k "($GPU_TESTS) and racecheck")
       name="$room: $tool, $(basename "$file")"
       # without torch's caching allocator, so that a kernel's step past its tensor is a step past an allocation
       command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "${sanitizer:-compute-sanitizer}" --tool "$tool"

@@ -303,7 +303,7 @@ def test_on_gpu_runs_every_stage(gpu_machine):
     expected = [(tool, file) for file in files for tool in ("memcheck", "synccheck")] + [("racecheck", "x_decode.py")]
     assert tools == expected
     assert "(cuda or gpu) and not (graph" in sanitized[0]
-    assert "-m sanitize" in sanitized[4] and "-m racecheck" in sanitized[6]
+    assert "(cuda or gpu) and sanitize" in sanitized[4] and "(cuda or gpu) and racecheck" in sanitized[6]
     assert [
         line for line in calls if "benchmark_x.py --device cuda --csv ROOT/benchmarks/results/false-gpu.csv" in line
     ]
