@@ -42,7 +42,7 @@ def check_kills(report, kills, signals):
 
 
 def test_20_kills(tmp_path):
-    """kill -9 at 9 seeded moments and 9 seeded lines of the code that trains and saves; SIGTERM and Ctrl-C at 6 moments.
+    """kill -9 at 9 seeded moments and 9 seeded lines of the code that trains and saves; SIGTERM and Ctrl-C 6 times.
 
     The children are forks of one process that has imported torch and done nothing with it. Two more kills, of fresh
     processes, are in the next test.

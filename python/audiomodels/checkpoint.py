@@ -80,16 +80,14 @@ def clean(folder: str | os.PathLike) -> None:
 def lock(folder: str | os.PathLike) -> Iterator[None]:
     """Make `folder` and hold it: a second process that trains into it gets CheckpointError. The lock dies with us."""
     try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows has no flock
-        fcntl = None
-    try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(f"{folder}: must be a folder that can be written: {error}") from error
     try:
-        if fcntl:
+        if os.name == "posix":  # Windows has no flock
+            import fcntl
+
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

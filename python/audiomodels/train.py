@@ -61,6 +61,8 @@ class Scores:
 
 @dataclass
 class TrainConfig:
+    """What `fit` needs to know. Errors: ValueError that names the field, the rule and what came."""
+
     out: str
     """Folder of checkpoints and logs; a run that is there is resumed."""
     steps: int = 1000
