@@ -1,0 +1,272 @@
+"""The commands of `audiokernels`: info, demo, train, generate, evaluate, bench; each is a dataclass of its options.
+
+A mistake of the user's (a missing file, a folder that holds no model) is one line on standard error and exit code 2; a
+demo whose result is not good enough is exit code 1.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import runpy
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Union
+
+import torch
+
+from audiomodels import checkpoint, peers, plots, predictors, quantize
+from audiomodels._optional import require
+from audiomodels.audio import read_audio, write_audio
+from audiomodels.data import Crops, Recordings
+from audiomodels.demo import DemoConfig, DemoError, run
+from audiomodels.pretrained import ModelError
+from audiomodels.train import Scores, TrainConfig, TrainingError, evaluate, fit
+from audiomodels.wavenet import WaveNet, WaveNetConfig
+
+tyro = require("tyro")
+CHECKOUT = Path(__file__).resolve().parents[2]
+PACKAGES = "numpy soundfile soxr safetensors huggingface_hub tyro tqdm matplotlib scikit-learn accelerate tensorboard"
+ModelFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
+File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+class UserError(Exception):
+    """What the user asked for cannot be done; the message is one line that says why."""
+
+
+USER_ERRORS = (UserError, ModelError, checkpoint.CheckpointError, TrainingError, ValueError, OSError, ImportError)
+
+
+@dataclass
+class Info:
+    """Which kernel serves which op here, the facts of the build, and the versions of what is installed."""
+
+    def run(self) -> None:
+        runpy.run_module("audiokernels", run_name="__main__")
+        print()
+        for name in PACKAGES.split():
+            try:
+                print(f"{name:16} {importlib.metadata.version(name)}")
+            except importlib.metadata.PackageNotFoundError:
+                print(f"{name:16} not installed")
+
+
+@dataclass
+class Demo(DemoConfig):
+    """Train a small WaveNet on a bundled recording (about two minutes on two cores), generate sound, write a report.
+
+    Fails unless the model beats unigram and bigram on the part of the recording that it has not seen, the sound is
+    alive and as loud as the recording, and the kernel's codes agree with plain PyTorch.
+    """
+
+    recording: File = None  # audio file to train on; default: a bundled one
+
+    def run(self) -> None:
+        run(self)
+
+
+@dataclass
+class Train:
+    """Train a WaveNet: any folder of audio, a manifest.jsonl, a .npz pack of codes, or one audio file.
+
+    Into the folder OUT go checkpoints, log.jsonl and, at the end, `model` (for generate and evaluate), scores.json and
+    report.png. The same command again goes on where it was stopped. Held out is the split "dev" of the data, or, where
+    it has no such split, the last 20 % of each recording.
+    """
+
+    data: Data  # folder, manifest.jsonl, .npz pack or audio file
+    training: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    model: WaveNetConfig = dataclasses.field(default_factory=WaveNetConfig)
+    part: Name = None  # a part of the manifest, for example piano
+
+    def run(self) -> None:
+        if self.model.condition_channels or self.model.n_label:
+            raise UserError("train takes models without condition and labels; see audiomodels.fit for those")
+        head, held_out, what = splits(self.data, self.model, "dev", self.part)
+        torch.manual_seed(self.training.seed)
+        model = WaveNet(self.model)
+        context = max(self.training.context, model.receptive_field)
+        config = dataclasses.replace(self.training, context=context)
+        print(f"{self.model.n_parameter:,} parameters; training on {head.seconds:.1f} s; held out: {what}")
+        crops = Crops(head, batch=config.batch, length=config.length, context=context, seed=config.seed)
+        history = fit(model, crops, config, valid=held_out)
+        model = checkpoint.unwrap(model)
+        out = Path(config.out)
+        model.save_pretrained(out / "model")
+        scores = score(model, head, held_out, config.eval_targets)
+        (out / "scores.json").write_text(json.dumps({k: dataclasses.asdict(v) for k, v in scores.items()}, indent=2))
+        fig, grid = plots.figure(12, 4.5, 1, 2)
+        axis = plots.add(fig, grid[0, 0], f"training loss, {history.throughput:,.0f} samples/s")
+        plots.loss_curve(axis, history.step, history.bits, {"held out, at the end": scores["WaveNet"].bits})
+        axis = plots.add(fig, grid[0, 1], f"bits per sample on {what} (less is better)")
+        plots.bars(axis, {name: s.bits for name, s in scores.items() if s.bits == s.bits}, "bits per sample")
+        fig.savefig(out / "report.png")
+        print(table(scores))
+        print(f"{out / 'model'}: audiokernels generate {out / 'model'}")
+
+
+@dataclass
+class Generate:
+    """Generate sound from a model folder that `train`, `demo` or save_pretrained wrote."""
+
+    model: ModelFolder  # folder with config.json and model.safetensors
+    out: Path = Path("out.wav")  # .wav or .flac; with --batch 2: out_0.wav, out_1.wav
+    seconds: float = 4.0  # of new sound
+    prompt: File = None  # audio file to continue; it is not part of the result
+    temperature: float = 1.0  # 0: always the most probable sample
+    seed: int = 0  # of the draws
+    dtype: Literal["fp32", "bf16", "int8"] = "fp32"  # of the weights in the kernel
+    batch: int = 1  # streams, each with draws of its own
+
+    def run(self) -> None:
+        if not 0 < self.seconds <= 3600:
+            raise UserError(f"--seconds must be above 0 and at most 3600, got {self.seconds:g}")
+        if not 1 <= self.batch <= 1024:
+            raise UserError(f"--batch must be 1 .. 1024, got {self.batch}")
+        if self.out.suffix.lower() not in (".wav", ".flac"):
+            raise UserError(f"--out must end in .wav or .flac, got {self.out}")
+        model = WaveNet.from_pretrained(self.model)
+        config = model.config
+        if config.condition_channels or config.n_label:
+            raise UserError(
+                f"{self.model}: needs a condition or label, which only model.generate(...) in Python can take"
+            )
+        prompt = None
+        if self.prompt is not None:
+            audio, _ = read_audio(self.prompt, sample_rate=config.sample_rate)
+            prompt = quantize.encode(audio, config.companding, config.n_class)
+        n, started = max(1, round(self.seconds * config.sample_rate)), time.monotonic()
+        codes = model.generate(
+            n,
+            prompt,
+            temperature=self.temperature,
+            seed=self.seed,
+            batch=self.batch,
+            dtype=DTYPES[self.dtype],
+            progress=True,
+        )
+        took = time.monotonic() - started
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        for row, audio in enumerate(quantize.decode(codes, config.companding, config.n_class)):
+            name = self.out if self.batch == 1 else self.out.with_stem(f"{self.out.stem}_{row}")
+            write_audio(name, audio, config.sample_rate)
+            print(name)
+        rate = codes.numel() / took
+        print(f"{rate:,.0f} samples/s, {rate / self.batch / config.sample_rate:.2f} x real time a stream")
+
+
+@dataclass
+class Evaluate:
+    """Bits per sample, top-1 and top-5 of a model, beside the trivial predictors (counted on the training split)."""
+
+    model: ModelFolder  # folder with config.json and model.safetensors
+    data: Data  # folder, manifest.jsonl, .npz pack or audio file
+    split: Literal["dev", "test", "valid"] = "dev"  # scored; where the data has no splits: each recording's last 20 %
+    part: Name = None  # a part of the manifest, for example piano
+    max_targets: int = 262144  # samples scored, spread evenly over the split
+
+    def run(self) -> None:
+        model = WaveNet.from_pretrained(self.model)
+        if model.config.condition_channels:
+            raise UserError(f"{self.model}: needs a condition; see audiomodels.evaluate")
+        head, held_out, what = splits(self.data, model.config, self.split, self.part)
+        config = model.config
+        print(f"{self.data}, {what}: {held_out.seconds:.1f} s at {config.sample_rate} Hz, {config.companding}")
+        print(table(score(model, head, held_out, self.max_targets)))
+
+
+@dataclass
+class Bench:
+    """Time WaveNet generation here: the fused kernel beside eager PyTorch, one core, the standard model.
+
+    In a checkout, `--only NAME` runs benchmarks/benchmark_NAME.py instead, with its own tables and limits.
+    """
+
+    only: Name = None  # for example wavenet_generate
+    quick: bool = False  # shows that it runs, not how fast it is
+
+    def run(self) -> int:
+        found = {p.stem.removeprefix("benchmark_"): p for p in sorted(CHECKOUT.glob("benchmarks/benchmark_*.py"))}
+        if self.only is not None:
+            if self.only not in found:
+                raise UserError(
+                    f"--only must be one of {', '.join(found) or 'none: this is no checkout'}; got {self.only}"
+                )
+            return subprocess.run([sys.executable, found[self.only], *["--quick"] * self.quick], check=False).returncode
+        model = WaveNet(WaveNetConfig()).eval()
+        print("WaveNet of 20 layers, R=64, S=256, A=256; samples/s of all streams together, one core, CPU time")
+        for batch in (1, 4):
+            rates = peers.samples_per_second(model, batch=batch, seconds=0.05 if self.quick else 1.0)
+            ours = rates["fused kernel"]
+            for name, rate in rates.items():
+                print(
+                    f"batch {batch}  {name:14} {rate:>10,.1f}" + f"   1/{ours / rate:,.1f}" * (name != "fused kernel")
+                )
+        if found:
+            print(f"more: audiokernels bench --only {{{','.join(found)}}}")
+        return 0
+
+
+COMMANDS = {"info": Info, "demo": Demo, "train": Train, "generate": Generate, "evaluate": Evaluate, "bench": Bench}
+
+
+def splits(source: Path, config: WaveNetConfig, split: str, part: str | None) -> tuple[Recordings, Recordings, str]:
+    """(training data, held-out data, what the latter is): by split, or by time where the data has no such splits."""
+    kind = {"sample_rate": config.sample_rate, "companding": config.companding, "n_class": config.n_class, "part": part}
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder")
+    try:
+        return Recordings.load(source, **kind, split="train"), Recordings.load(source, **kind, split=split), split
+    except ValueError:  # no such splits, or a problem that the next line meets too
+        return *Recordings.load(source, **kind).cut(0.8), "the last 20 % of each recording"
+
+
+def score(model: WaveNet, head: Recordings, held_out: Recordings, max_targets: int | None) -> dict[str, Scores]:
+    """The model (with at least 4,000 samples of context) and every trivial predictor on the same targets."""
+    context = max(4000, model.receptive_field)
+    scores = {"WaveNet": evaluate(model, held_out, context=context, max_targets=max_targets)}
+    return scores | predictors.all_rows(head, held_out, max_targets=max_targets)
+
+
+def table(scores: dict[str, Scores]) -> str:
+    lines = [f"{'':10} {'bits':>7} {'top-1':>8} {'top-5':>8}"]
+    for name, s in scores.items():
+        bits = f"{s.bits:.3f}" if s.bits == s.bits else "-"
+        lines.append(f"{name:10} {bits:>7} {s.top1:>8.1%} {s.top5:>8.1%}")
+    return "\n".join([*lines, f"{next(iter(scores.values())).n_target:,} targets"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command that the words (default: those of the process) ask for; always ends in SystemExit."""
+    commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
+    logging.basicConfig(format="audiokernels: %(message)s")
+    warnings.showwarning = lambda message, *_: print(f"audiokernels: {message}", file=sys.stderr)
+    try:
+        command = tyro.cli(
+            Union[commands],  # noqa: UP007 (a tuple)
+            prog="audiokernels",
+            description="Raw-audio WaveNets: train, generate, evaluate, on the fused kernels of audiokernels.",
+            args=arguments,
+        )
+        raise SystemExit(command.run() or 0)
+    except DemoError as error:
+        code, text = 1, f"the demo failed: {error}"
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except USER_ERRORS as error:
+        code, text = 2, " ".join(str(error).split())
+    except KeyboardInterrupt:
+        code, text = 130, "interrupted"
+    print(f"audiokernels: {text}", file=sys.stderr)
+    raise SystemExit(code)

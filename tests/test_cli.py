@@ -1,0 +1,239 @@
+"""The `audiokernels` command: what it prints and writes, and one clear line for every mistake."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("tyro")
+from audiomodels import cli, demo
+from audiomodels.audio import read_audio, write_audio
+from audiomodels.wavenet import WaveNet, WaveNetConfig
+
+import audiokernels
+
+TINY = WaveNetConfig(n_layer=3, residual_channels=8, skip_channels=8, head_channels=8, sample_rate=8000)
+SIZES = [word for name in ("residual", "skip", "head") for word in (f"--model.{name}-channels", "8")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other are slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def call(capsys):
+    """call(*words) -> (exit code, standard output, standard error)."""
+
+    def call(*words) -> tuple[int, str, str]:
+        show = warnings.showwarning
+        try:
+            with pytest.raises(SystemExit) as exit:
+                cli.main([str(word) for word in words])
+        finally:
+            warnings.showwarning = show
+        out, err = capsys.readouterr()
+        return exit.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "wavenet"
+    WaveNet(TINY).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of one recording, half a second at 8 kHz."""
+    folder = tmp_path_factory.mktemp("data")
+    write_audio(folder / "a.wav", 0.3 * torch.sin(torch.arange(4000) * (2 * math.pi * 440 / 8000)), 8000)
+    return folder
+
+
+def test_info(call):
+    code, out, err = call("info")
+    assert code == 0 and err == ""
+    assert re.search("wavenet_generate +cpu", out) and audiokernels.__version__ in out and "soundfile" in out
+
+
+def test_generate(call, model, tmp_path):
+    code, out, _ = call("generate", model, "--out", tmp_path / "x.wav", "--seconds", 0.1, "--seed", 5)
+    assert code == 0 and "x real time" in out
+    audio, rate = read_audio(tmp_path / "x.wav")
+    assert rate == 8000 and len(audio) == 800
+    codes = WaveNet.from_pretrained(model).generate(800, seed=5)
+    expected = cli.quantize.decode(codes[0], "mulaw", 256)
+    torch.testing.assert_close(audio, expected, rtol=0, atol=1 / 32768)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_generate_batch(call, model, data, tmp_path, dtype):
+    words = ["--seconds", 0.05, "--batch", 3, "--dtype", dtype, "--temperature", 0.8, "--prompt", data / "a.wav"]
+    code, out, _ = call("generate", model, "--out", tmp_path / "new" / "x.flac", *words)
+    assert code == 0
+    rows = [read_audio(tmp_path / "new" / f"x_{row}.flac")[0] for row in range(3)]
+    assert [len(row) for row in rows] == [400] * 3
+    assert not torch.equal(rows[0], rows[1])
+    continued = WaveNet.from_pretrained(model).generate(
+        400,
+        cli.quantize.encode(read_audio(data / "a.wav")[0], "mulaw", 256),
+        batch=3,
+        temperature=0.8,
+        dtype=cli.DTYPES[dtype],
+    )
+    torch.testing.assert_close(rows[2], cli.quantize.decode(continued[2], "mulaw", 256), rtol=0, atol=1 / 32768)
+
+
+def test_generate_resamples_a_prompt_with_a_notice(call, model, tmp_path):
+    write_audio(tmp_path / "p.wav", torch.zeros(1600), 16000)
+    code, _, err = call(
+        "generate", model, "--prompt", tmp_path / "p.wav", "--seconds", 0.01, "--out", tmp_path / "x.wav"
+    )
+    assert code == 0 and "resampled from 16000 to 8000 Hz" in err
+
+
+def test_evaluate(call, model, data):
+    code, out, _ = call("evaluate", model, data)
+    assert code == 0 and "the last 20 % of each recording" in out and "800 targets" in out
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in out.splitlines()
+        if line.startswith(("WaveNet", "uni", "rep", "lpc"))
+    }
+    assert 7 < float(rows["WaveNet"][0]) < 9 and 0 < float(rows["unigram"][0]) < 9
+    assert rows["repeat"][0] == "-" and rows["repeat"][2].endswith("%")
+    assert float(rows["lpc64"][0]) < float(rows["unigram"][0])
+
+
+def test_evaluate_by_split(call, model, tmp_path):
+    """A folder with groups enough is divided by group."""
+    for i in range(40):
+        write_audio(tmp_path / f"{chr(97 + i % 26)}x{i}.wav", 0.1 * torch.randn(200), 8000)
+    code, out, _ = call("evaluate", model, tmp_path, "--split", "test")
+    assert code == 0 and ", test: " in out
+
+
+def test_train_generate_evaluate(call, data, tmp_path):
+    run = tmp_path / "run"
+    words = [
+        "train",
+        data,
+        "--out",
+        run,
+        *SIZES,
+        "--model.n-layer",
+        3,
+        "--model.sample-rate",
+        8000,
+        "--batch",
+        2,
+        "--length",
+        64,
+    ]
+    code, out, _ = call(*words, "--steps", 3, "--no-progress", "--no-tensorboard")
+    assert code == 0 and "WaveNet" in out and "the last 20 %" in out
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["WaveNet"]["n_target"] == scores["bigram"]["n_target"] == 800
+    assert (run / "report.png").read_bytes()[:4] == b"\x89PNG"
+    first = (run / "model/model.safetensors").read_bytes()
+    code, _, _ = call(*words, "--steps", 6, "--no-progress", "--no-tensorboard")  # goes on from step 3
+    assert code == 0 and (run / "model/model.safetensors").read_bytes() != first
+    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()][-1] == 6
+    assert call("generate", run / "model", "--seconds", 0.01, "--out", tmp_path / "x.wav")[0] == 0
+
+
+def test_demo_runs_and_fails_with_one(call, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(cli, "run", asked.append)
+    code, _, err = call("demo", "--out", tmp_path, "--seconds", 5, "--seed", 3)
+    assert code == 0 and err == ""
+    assert (asked[0].out, asked[0].seconds, asked[0].seed, asked[0].recording) == (tmp_path, 5, 3, None)
+
+    def fails(config):
+        raise demo.DemoError("the model does not beat bigram")
+
+    monkeypatch.setattr(cli, "run", fails)
+    code, _, err = call("demo")
+    assert code == 1 and err == "audiokernels: the demo failed: the model does not beat bigram\n"
+
+
+def test_bench(call, monkeypatch):
+    monkeypatch.setattr(cli, "WaveNetConfig", lambda: TINY)
+    code, out, _ = call("bench", "--quick")
+    assert code == 0 and "batch 1  fused kernel" in out and "batch 4  recomputation" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("generate {no}", "no such folder"),
+        ("generate {data}", "config.json: no such file"),
+        ("generate {model} --prompt {no}", "nothing-here"),
+        ("generate {model} --prompt {model}/config.json", "config.json: is not a readable audio file"),
+        ("generate {model} --out x.mp3", "--out must end in .wav or .flac, got x.mp3"),
+        ("generate {model} --seconds 0", "--seconds must be above 0"),
+        ("generate {model} --seconds nan", "--seconds must be above 0"),
+        ("generate {model} --batch 0", "--batch must be 1 .. 1024, got 0"),
+        ("generate {model} --temperature -1", "temperature must be finite and >= 0, got -1.0"),
+        ("generate {model} --seed -1", "seed must be in 0 .."),
+        ("generate {labelled}", "needs a condition or label"),
+        ("generate {model} --seconds 0.01 --out {data}/a.wav/x.wav", "a.wav"),
+        ("evaluate {no} {data}", "no such folder"),
+        ("evaluate {model} {no}", "no such file or folder"),
+        ("evaluate {model} {model}", "no audio files"),
+        ("evaluate {model} {data} --part piano", "part"),
+        ("train {no} --out {tmp}/run", "no such file or folder"),
+        ("train {data} --out {tmp}/run --steps 0", "steps must be at least 1, got 0"),
+        ("train {data} --out {tmp}/run --model.n-label 3", "train takes models without condition and labels"),
+        ("train {data} --out {data}/a.wav", "a.wav"),
+        ("demo --recording {no}", "nothing-here"),
+        ("bench --only haar", "--only must be one of"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(call, model, data, tmp_path, words, text):
+    config = WaveNetConfig(n_layer=1, residual_channels=4, skip_channels=4, head_channels=4, n_label=2)
+    WaveNet(config).save_pretrained(tmp_path / "labelled")
+    places = {"no": tmp_path / "nothing-here", "data": data, "model": model, "tmp": tmp_path}
+    code, _, err = call(*(word.format(**places, labelled=tmp_path / "labelled") for word in words.split()))
+    assert code == 2
+    line = err.splitlines()[-1]  # bars and notices may stand above it
+    assert line.startswith("audiokernels: ") and text in line and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["generate"], "MODEL"),
+        (["fly"], "fly"),
+        (["demo", "--seconds", 1], "seconds must be 3 .. 600, got 1.0"),
+        (["demo", "--seconds", "long"], "--seconds"),
+        (["train", "d", "--out", "o", "--model.n-layer", 10**9], "n_layer must be 1 .. 1000"),
+        (["train", "d", "--out", "o", "--model.sample-rate", 5], "sample_rate must be 1000 .. 768000"),
+        (["evaluate", "m", "d", "--split", "all"], "invalid choice 'all'"),
+    ],
+)
+def test_words_that_make_no_command(call, words, text):
+    """tyro's own words, and where help is."""
+    code, _, err = call(*words)
+    assert code == 2 and text in " ".join(err.split()) and "--help" in err and "Traceback" not in err
+
+
+def test_command_as_it_is_installed(tmp_path):
+    """In a fresh process: threads sleep at barriers, help is there, a mistake gives no traceback."""
+    run = [sys.executable, "-m", "audiomodels", "generate", str(tmp_path / "nothing-here")]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("audiokernels: ") and done.stderr.count("\n") == 1
