@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from audiomodels import quantize
 
 INT16 = torch.arange(-32768, 32768).float() / 32768
