@@ -172,7 +172,7 @@ def misunderstood(text: str, helps: dict[str, str]) -> Iterator[str]:
 
 def test_command_lines_of_the_readme_are_understood(capsys):
     pytest.importorskip("tyro", reason="the command line needs audiokernels[models]")
-    command = importlib.import_module("audiomodels.__main__")
+    command = importlib.import_module("audiomodels.cli")
     helps = {}
     for name in command.COMMANDS:
         with pytest.raises(SystemExit):

@@ -201,6 +201,7 @@ def the_dispatcher_picks_the_device(files):
 
 @rule(
     ("os.environ is read in f", {f"{OPS}x.py": "import os\ndef f():\n    return os.environ.get('FAST')"}),
+    ("", {f"{MODELS}x.py": "import os\ndef f():\n    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')"}),
     ("getenv is read in f", {f"{MODELS}x.py": "from os import getenv\ndef f():\n    return getenv('FAST')"}),
     ("environment variable", {"csrc/x.cpp": 'bool fast = std::getenv("FAST");'}),
     ("AUDIOKERNELS_FAST is none", {"setup.py": "import os\nFAST = os.environ.get('AUDIOKERNELS_FAST')"}),
@@ -213,7 +214,7 @@ def no_environment_variable_is_read_at_call_time(files):
                 name = dotted(node)
                 if name.endswith("os.environ") or name.split(".")[-1] == "getenv":
                     line = files[path].splitlines()[node.lineno - 1]
-                    if not set(re.findall(r"[\"'](\w+)[\"']", line)) & TORCHRUN:
+                    if "environ.setdefault(" not in line and not set(re.findall(r"\"(\w+)\"", line)) & TORCHRUN:
                         yield f"{path}:{node.lineno}: {name} is read in {function.name}"
     for path, text in cpp(files):
         yield from (f"{path}:{line}: environment variable" for line, _ in lines(r"\bgetenv\b", text))
