@@ -239,6 +239,7 @@ def score(model: WaveNet, head: Recordings, held_out: Recordings, max_targets: i
 
 
 def table(scores: dict[str, Scores]) -> str:
+    """The scores as lines of text."""
     lines = [f"{'':10} {'bits':>7} {'top-1':>8} {'top-5':>8}"]
     for name, s in scores.items():
         bits = f"{s.bits:.3f}" if s.bits == s.bits else "-"

@@ -5,17 +5,22 @@ matplotlib's Agg canvas is used without pyplot: no window system, no global stat
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from audiomodels._optional import require
 
+Axes = Figure = GridSpec = SubplotSpec = AxesImage = Any  # matplotlib's classes, which importing this does not import
+
 BLUE, ORANGE, GREY = "#2a6fb0", "#d9772b", "#9aa4ad"
 FLOOR_DB = -80.0  # of a spectrogram, below its loudest point
 
 
-def figure(width: float, height: float, rows: int, columns: int, heights: Sequence[float] | None = None):
+def figure(
+    width: float, height: float, rows: int, columns: int, heights: Sequence[float] | None = None
+) -> tuple[Figure, GridSpec]:
     """(figure, grid) of width x height inches; `add(figure, grid[row, column])` makes an axis."""
     fig = require("matplotlib.figure").Figure(figsize=(width, height), dpi=100, layout="constrained")
     require("matplotlib.backends.backend_agg").FigureCanvasAgg(fig)
@@ -23,7 +28,7 @@ def figure(width: float, height: float, rows: int, columns: int, heights: Sequen
     return fig, fig.add_gridspec(rows, columns, height_ratios=heights)
 
 
-def add(fig, place, title: str):
+def add(fig: Figure, place: SubplotSpec, title: str) -> Axes:
     """An axis with a title at its left and no frame on top and right."""
     axis = fig.add_subplot(place)
     axis.set_title(title, loc="left", fontsize=10)
@@ -32,7 +37,7 @@ def add(fig, place, title: str):
     return axis
 
 
-def waveform(axis, audio: Tensor, sample_rate: int, *, color: str = BLUE) -> None:
+def waveform(axis: Axes, audio: Tensor, sample_rate: int, *, color: str = BLUE) -> None:
     """audio (time,), full scale [-1, 1], over seconds: the envelope of each of 2,000 pieces."""
     pieces = audio.float().split(max(1, math.ceil(len(audio) / 2000)))
     seconds = [i * len(pieces[0]) / sample_rate for i in range(len(pieces))]
@@ -41,7 +46,7 @@ def waveform(axis, audio: Tensor, sample_rate: int, *, color: str = BLUE) -> Non
     axis.set(xlim=(0, len(audio) / sample_rate), ylim=(-1, 1), xlabel="seconds", ylabel="amplitude")
 
 
-def log_mel(axis, audio: Tensor, sample_rate: int, *, top_db: float | None = None):
+def log_mel(axis: Axes, audio: Tensor, sample_rate: int, *, top_db: float | None = None) -> AxesImage:
     """Log-mel spectrogram of audio (time,) over seconds and Hz; returns the image, for a colour bar.
 
     top_db: the level of the brightest colour; default: the loudest point. Two spectrograms with one top_db compare.
@@ -91,7 +96,9 @@ def _hz(mel: float) -> float:
     return 700 * (10 ** (mel / 2595) - 1)
 
 
-def loss_curve(axis, steps: Sequence[int], bits: Sequence[float], lines: Mapping[str, float] | None = None) -> None:
+def loss_curve(
+    axis: Axes, steps: Sequence[int], bits: Sequence[float], lines: Mapping[str, float] | None = None
+) -> None:
     """Bits per sample over steps, each step thin and a running mean over it; `lines` are levels to compare with."""
     axis.plot(steps, bits, color=BLUE, alpha=0.3, linewidth=0.8)
     total, weight, means = 0.0, 0.0, []
@@ -106,7 +113,7 @@ def loss_curve(axis, steps: Sequence[int], bits: Sequence[float], lines: Mapping
     axis.legend(fontsize=8, frameon=False)
 
 
-def bars(axis, values: Mapping[str, float], unit: str, *, log: bool = False, form: str = "{:.2f}") -> None:
+def bars(axis: Axes, values: Mapping[str, float], unit: str, *, log: bool = False, form: str = "{:.2f}") -> None:
     """Horizontal bars, the first on top and in colour, each with its number."""
     names, numbers = list(values), list(values.values())
     axis.barh(names, numbers, color=[BLUE] + [GREY] * (len(names) - 1), height=0.6, log=log)

@@ -10,12 +10,14 @@ import os
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from audiomodels._optional import require
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+T = TypeVar("T", bound="Pretrained")
 MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -28,14 +30,14 @@ class Pretrained(require("huggingface_hub").PyTorchModelHubMixin):
 
     config_class: type
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **options):
+    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> str | None:
         """Write config.json and model.safetensors into a folder, which is made if need be (and a README.md card)."""
         url = super().save_pretrained(save_directory, **options)
         shutil.copymode(Path(save_directory) / CONFIG, Path(save_directory) / WEIGHTS)  # safetensors makes it 0600
         return url
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, *, device: torch.device | str = "cpu"):
+    def from_pretrained(cls: type[T], folder: str | os.PathLike, *, device: torch.device | str = "cpu") -> T:
         """The model that `save_pretrained(folder)` wrote, in evaluation mode, with float32 weights.
 
         Raises:
