@@ -100,6 +100,8 @@ class Train:
         print(f"{self.model.n_parameter:,} parameters; training on {head.seconds:.1f} s; held out: {what}")
         crops = Crops(head, batch=config.batch, length=config.length, context=context, seed=config.seed)
         history = fit(model, crops, config, valid=held_out)
+        if checkpoint.distributed() and torch.distributed.get_rank() > 0:
+            return  # rank 0 scores and writes
         model = checkpoint.unwrap(model)
         out = Path(config.out)
         model.save_pretrained(out / "model")
