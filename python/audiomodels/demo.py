@@ -25,7 +25,8 @@ from audiomodels.wavenet import WaveNet, WaveNetConfig
 
 RECORDING = "music/guitar_em9.flac"
 TRAINED = 0.8  # share of the recording that is trained on
-BATCH, LENGTH, STEPS, LR = 4, 2048, 600, 6e-3
+# 500 steps: with 900 the model learns the 3.2 s by heart, and the held-out bits (2.5) rise to the bigram's (4.4).
+BATCH, LENGTH, STEPS, LR = 4, 2048, 500, 6e-3
 AGREEMENT_CODES = 2000
 MAX_LEVEL_DB = 6.0
 
