@@ -21,13 +21,7 @@ TINY = WaveNetConfig(n_layer=3, residual_channels=8, skip_channels=8, head_chann
 SIZES = [word for name in ("residual", "skip", "head") for word in (f"--model.{name}-channels", "8")]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other are slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -14,14 +14,7 @@ from audiomodels.audio import read_audio, write_audio
 from audiomodels.train import Scores
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other are slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 TINY = WaveNetConfig(n_layer=5, residual_channels=12, skip_channels=16, head_channels=16)

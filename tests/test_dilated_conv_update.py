@@ -1,7 +1,5 @@
 """dilated_conv_update: values, incremental = full, opcheck, compile, export, vmap, strides, errors, which kernel."""
 
-import statistics
-import time
 from copy import deepcopy
 
 import pytest
@@ -441,26 +439,3 @@ def test_cuda_plan():
     assert plan(132, 8, 12289) == "cuda_split"  # taps beyond 48 KB of shared memory
     assert plan(132, 8, 12288) == "cuda_fused"
     assert plan(132, 8, 6145, float64=True) == "cuda_split"
-
-
-@pytest.mark.skipif(C is None, reason="nothing is compiled")
-def test_cost_beside_mv():
-    """The whole public call at 64 -> 64 channels, width 2: at most 3.5 times torch.mv of the same matrix."""
-    args = make(1, 64, 64, 2, 16)
-    matrix, vector = args["weight"].flatten(1), torch.randn(128)
-
-    def seconds(call):
-        start = time.thread_time()
-        for _ in range(300):
-            call()
-        return time.thread_time() - start
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.inference_mode():
-        ratios = [
-            seconds(lambda: dilated_conv_update(**args)) / seconds(lambda: torch.mv(matrix, vector))
-            for _ in range(60)
-        ]  # fmt: skip
-    torch.set_num_threads(before)
-    assert statistics.median(ratios) <= 3.5

@@ -22,6 +22,7 @@ from audiomodels.checkpoint import CheckpointError
 from audiomodels.train import fit
 from test_train import Killed, Recordings, Tiny, crops, settings, stop_at, tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the children
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 LONG = 24  # steps of the runs that are killed
 
