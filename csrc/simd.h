@@ -41,7 +41,6 @@ AK_INLINE VInt load_int(const void* p) {
   return v;
 }
 AK_INLINE void store(float* p, VFloat v) { memcpy(p, &v, sizeof v); }
-AK_INLINE void store_int(void* p, VInt v) { memcpy(p, &v, sizeof v); }
 AK_INLINE VFloat splat(float x) { return x - VFloat{}; }
 AK_INLINE VInt splat_int(int32_t x) { return x - VInt{}; }
 // As the instructions do it: b if either is NaN.
