@@ -3,6 +3,8 @@
 from importlib.metadata import version as _version
 
 from audiokernels.backends import Explanation, backends, explain
+from audiokernels.causal_attention import causal_attention
+from audiokernels.causal_attention_decode import causal_attention_decode, kv_cache_update
 from audiokernels.dilated_conv_update import dilated_conv_update
 from audiokernels.philox import philox_uniform
 from audiokernels.wavenet_generate import wavenet_generate, wavenet_position, wavenet_state
@@ -15,8 +17,11 @@ __all__ = [
     "WaveNetShape",
     "WaveNetStream",
     "backends",
+    "causal_attention",
+    "causal_attention_decode",
     "dilated_conv_update",
     "explain",
+    "kv_cache_update",
     "philox_uniform",
     "wavenet_generate",
     "wavenet_pack",

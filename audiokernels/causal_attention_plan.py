@@ -1,0 +1,226 @@
+"""Which Triton kernel a call of the causal attention ops takes, in which blocks: pure functions and a table.
+
+Nothing is tuned at call time. The TFLOP/s in the table are those that prototypes of these kernels reached on an H100
+(bfloat16, 16384 positions unless told otherwise; float32: 4096); the kernels themselves are compiled, not yet run on
+a GPU. Rows without a figure are chosen by their registers and shared memory.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from audiokernels.backends import REFERENCE
+
+SHORT = 2048
+"""Up to so many visible keys a block's masked tiles weigh as much as its whole ones: smaller blocks pay."""
+
+
+class Device(NamedTuple):
+    """What a plan needs to know of a GPU, and how exact its user wants products of float32 numbers."""
+
+    multiprocessors: int = 132
+    shared_memory: int = 232448  # bytes that one block may have
+    capability: int = 9  # the major number: 9 and 10 multiply asynchronously, out of shared memory
+    precision: str = "bf16x6"
+
+
+class Tile(NamedTuple):
+    """A kernel's block shape and launch."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    shared: int  # bytes, the most that Triton 3.6 or 3.7 allots on sm_80 to sm_120
+    maxnreg: int | None = None
+    polynomial: bool = False  # one of four pairs of exponentials by a bfloat16 cubic
+    ones: bool = False  # row sums by a product with ones
+    only: tuple[int, ...] = ()  # major numbers of the GPUs where it does not spill registers; (): all
+    measured: str = ""
+
+
+class Plan(NamedTuple):
+    """The answer for causal_attention; `kernel` is REFERENCE where no kernel takes the call."""
+
+    kernel: str
+    why: str
+    tile: Tile | None = None
+    headdim: int = 0  # padded
+    window: int = 0  # at most seqlen_k
+    optimistic: bool = False  # a fixed reference maximum, checked afterwards, instead of a running one
+    precision: str = "bf16x6"  # of float32 products
+
+
+class BackwardPlan(NamedTuple):
+    """The answer for causal_attention_backward: one kernel for dq, one for dk and dv."""
+
+    kernel: str
+    why: str
+    dq: Tile | None = None
+    dkdv: Tile | None = None
+    headdim: int = 0
+    window: int = 0
+    precision: str = "bf16x6"
+
+
+class DecodePlan(NamedTuple):
+    """The answer for causal_attention_decode."""
+
+    kernel: str
+    why: str
+    block_rows: int = 0  # rows are the queries of one key head
+    block_keys: int = 0
+    warps: int = 4
+    stages: int = 2
+    splits: int = 1  # programs that share the keys
+    headdim: int = 0
+    window: int = 0
+    precision: str = "bf16x6"
+
+
+ASYNC = (9, 10)
+
+# {(headdim, bytes of an element): rows, the first that the device takes}
+FORWARD = {
+    (16, 2): [Tile(64, 128, 4, 4, 38960, None, True, True, measured="214; 207 without polynomial and ones")],
+    (32, 2): [
+        Tile(64, 64, 4, 4, 36896, 96, only=ASYNC, measured="361, at 80 registers; 1600 positions 266, window 1024 250"),
+        Tile(64, 64, 4, 4, 28672),
+    ],
+    (64, 2): [Tile(64, 64, 4, 3, 57376, measured="485; 1600 positions 252, window 1024 351")],
+    (128, 2): [Tile(128, 64, 8, 3, 132128, only=ASYNC), Tile(128, 32, 8, 2, 49152)],
+    (256, 2): [Tile(128, 64, 8, 2, 197664, only=ASYNC), Tile(64, 32, 8, 2, 70656)],
+    (16, 4): [Tile(128, 32, 4, 3, 23552, only=ASYNC, measured="38.6"), Tile(64, 32, 4, 2, 10240)],
+    (32, 4): [Tile(64, 64, 4, 3, 57344, only=ASYNC, measured="52.5"), Tile(64, 32, 4, 2, 20480)],
+    (64, 4): [
+        Tile(64, 32, 4, 2, 53248, only=ASYNC, measured="57.3, in 64 x 64 or 128 x 32"),
+        Tile(32, 32, 4, 2, 34816),
+    ],
+    (128, 4): [Tile(32, 32, 4, 1, 40960)],
+    (256, 4): [Tile(32, 16, 4, 1, 81920)],
+}
+FORWARD_SHORT = {
+    (16, 2): [Tile(64, 64, 4, 4, 20528, None, True, True, measured="1600 positions 159, window 1024 150")],
+}
+BACKWARD_DQ = {
+    (16, 2): [Tile(64, 64, 4, 3, 18480, measured="0.762 ms")],
+    (32, 2): [Tile(64, 64, 4, 3, 36912, measured="0.887 ms")],
+    (64, 2): [Tile(128, 64, 4, 3, 81920, only=(9,), measured="1.220 ms"), Tile(64, 64, 4, 3, 73776)],
+    (128, 2): [Tile(128, 64, 8, 2, 147504, only=ASYNC), Tile(64, 32, 4, 2, 53248)],
+    (256, 2): [Tile(64, 32, 8, 1, 98312, only=ASYNC), Tile(32, 32, 4, 1, 65536)],
+    (16, 4): [Tile(64, 64, 4, 2, 26624, only=(9,)), Tile(64, 32, 4, 2, 20480)],
+    (32, 4): [Tile(64, 64, 4, 2, 53248, only=(9,)), Tile(32, 32, 4, 2, 32768)],
+    (64, 4): [Tile(64, 32, 4, 2, 77824, only=(9,)), Tile(16, 32, 4, 2, 47104)],
+    (128, 4): [Tile(16, 32, 4, 1, 49152)],
+    (256, 4): [Tile(16, 16, 4, 1, 65536)],
+}
+BACKWARD_DKDV = {
+    (16, 2): [Tile(128, 64, 4, 3, 38976, only=(8, 9, 10), measured="1.133 ms"), Tile(64, 64, 4, 3, 17408)],
+    (32, 2): [Tile(64, 64, 4, 3, 42048, measured="1.402 ms, in 128 x 64, which spills")],
+    (64, 2): [
+        Tile(64, 128, 8, 3, 99392, only=ASYNC, measured="2.202 ms, by 4 warps, which spills"),
+        Tile(64, 64, 8, 3, 50176, only=(8,)),
+        Tile(64, 32, 4, 3, 46080),
+    ],
+    (128, 2): [Tile(64, 64, 8, 2, 131648, only=ASYNC), Tile(64, 64, 8, 2, 74240)],
+    (256, 2): [Tile(32, 64, 8, 1, 98312, only=ASYNC), Tile(16, 32, 4, 1, 57344)],
+    (16, 4): [Tile(32, 64, 4, 2, 19712)],
+    (32, 4): [Tile(32, 64, 4, 2, 39168, only=(9,)), Tile(16, 32, 4, 2, 39168)],
+    (64, 4): [Tile(16, 64, 8, 2, 63616, only=(9,)), Tile(16, 16, 4, 2, 63616)],
+    (128, 4): [Tile(16, 16, 4, 1, 49152)],
+    (256, 4): [Tile(16, 16, 4, 1, 98304)],
+}
+
+
+def causal_attention_plan(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: torch.dtype, window: int | None, device: Device
+) -> Plan:
+    """How causal_attention serves a call on a CUDA device."""
+    headdim, keys, refused = _common(q_shape, k_shape, dtype, window)
+    if refused:
+        return Plan(REFERENCE, refused)
+    short = keys <= SHORT and (headdim, dtype.itemsize) in FORWARD_SHORT
+    tile = fitting((FORWARD_SHORT if short else FORWARD)[headdim, dtype.itemsize], device)
+    if tile is None:
+        return Plan(REFERENCE, f"no block of headdim {headdim} in {dtype} fits the shared memory of this GPU")
+    if dtype != torch.bfloat16:
+        tile = tile._replace(polynomial=False, ones=False)
+    optimistic = dtype == torch.bfloat16
+    why = _why(tile, "fixed reference maximum, checked" if optimistic else "running maximum", dtype, device)
+    return Plan("Triton", why, tile, headdim, keys, optimistic, device.precision)
+
+
+def causal_attention_backward_plan(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: torch.dtype, window: int | None, device: Device
+) -> BackwardPlan:
+    """How causal_attention_backward serves a call on a CUDA device."""
+    headdim, keys, refused = _common(q_shape, k_shape, dtype, window)
+    if refused:
+        return BackwardPlan(REFERENCE, refused)
+    dq, dkdv = (fitting(table[headdim, dtype.itemsize], device) for table in (BACKWARD_DQ, BACKWARD_DKDV))
+    if dq is None or dkdv is None:
+        return BackwardPlan(REFERENCE, f"no block of headdim {headdim} in {dtype} fits the shared memory of this GPU")
+    why = f"dq in {_why(dq, 'no atomics', dtype, device)}; dk and dv in {_why(dkdv, 'no atomics', dtype, device)}"
+    return BackwardPlan("Triton", why, dq, dkdv, headdim, keys, device.precision)
+
+
+def causal_attention_decode_plan(
+    q_shape: tuple[int, ...], cache_shape: tuple[int, ...], dtype: torch.dtype, window: int | None, device: Device
+) -> DecodePlan:
+    """How causal_attention_decode serves a call on a CUDA device: of shapes alone, so that it replays in a graph."""
+    (batch, nheads, steps, headdim), (_, nheads_kv, capacity, _) = q_shape, cache_shape
+    if dtype == torch.float64:
+        return DecodePlan(REFERENCE, "float64 runs on the reference")
+    window = capacity - steps + 1 if window is None else window
+    headdim = padded(headdim)
+    rows = steps * nheads // max(1, nheads_kv)
+    block_rows = min(64 if headdim <= 64 else 16, padded(rows))
+    block_keys = min(128, (16384 if dtype.itemsize == 2 else 4096) // headdim)
+    programs = max(1, batch * nheads_kv * -(-rows // block_rows))
+    tiles = max(1, -(-min(capacity, window + steps - 1) // block_keys))
+    splits = max(1, min(tiles, 2 * device.multiprocessors // programs, 8192 // headdim, 64))
+    why = f"{splits} programs share the keys of a head, {block_rows} rows x {block_keys} keys at a time"
+    return DecodePlan("Triton", why, block_rows, block_keys, 4, 2, splits, headdim, window, device.precision)
+
+
+def fitting(tiles: list[Tile], device: Device) -> Tile | None:
+    """The first of them that the device takes."""
+    usable = (tile for tile in tiles if tile.shared <= device.shared_memory)
+    return next((tile for tile in usable if not tile.only or device.capability in tile.only), None)
+
+
+def padded(size: int) -> int:
+    """The power of two >= 16 that holds `size`: what a matrix product takes."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def device_facts(device: torch.device) -> Device:
+    """The Device of a torch.device; an H100 where there is no GPU to ask."""
+    asked = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision = "bf16x3" if asked else "bf16x6"  # tf32 itself truncates: 200 times the error of bf16x3
+    return Device(*_of_gpu(device), precision) if device.type == "cuda" else Device(precision=precision)
+
+
+@lru_cache
+def _of_gpu(device: torch.device) -> tuple[int, int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major
+
+
+def _common(q_shape, k_shape, dtype, window) -> tuple[int, int, str]:
+    """(padded headdim, window at most seqlen_k, why no kernel takes the call or "")."""
+    headdim, seqlen_k = q_shape[3], k_shape[2]
+    keys = seqlen_k if window is None else min(window, seqlen_k)
+    if dtype == torch.float64:
+        return 0, keys, "float64 runs on the reference"
+    return padded(headdim), keys, ""
+
+
+def _why(tile: Tile, scheme: str, dtype: torch.dtype, device: Device) -> str:
+    parts = [f"{tile.block_m} x {tile.block_n} blocks", f"{tile.warps} warps", scheme]
+    if dtype == torch.float32:
+        parts.append(f"products in {device.precision}")
+    if tile.polynomial:
+        parts.append("a quarter of the exponentials by polynomial")
+    return ", ".join(parts)

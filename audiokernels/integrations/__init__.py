@@ -1,0 +1,1 @@
+"""audiokernels inside other libraries; each module imports what it integrates."""
