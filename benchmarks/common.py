@@ -311,7 +311,7 @@ def write_bars(path: Path, title: str, rows: Sequence[Row]) -> None:
         gridspec_kw={"height_ratios": heights},
     )  # fmt: skip
     for axis, ((case, unit), members) in zip(axes[:, 0], panels.items(), strict=True):
-        names = [" ".join(filter(None, (row.side, row.dtype))) for row in members]
+        names = [_bar_name(row, members) for row in members]
         medians = np.array([row.median for row in members])
         low = np.array([row.median if row.low is None else row.low for row in members])
         high = np.array([row.median if row.high is None else row.high for row in members])
@@ -319,12 +319,19 @@ def write_bars(path: Path, title: str, rows: Sequence[Row]) -> None:
         axis.barh(places, medians, xerr=np.abs(np.stack([medians - low, high - medians])), height=0.7)
         axis.set_yticks(places, names, fontsize=8)
         axis.invert_yaxis()
-        axis.set_title(f"{case} ({unit})", fontsize=9, loc="left")
+        axis.set_title(f"{case} ({unit})" if unit else case, fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _bar_name(row: Row, members: Sequence[Row]) -> str:
+    """The side and dtype, and what else tells the bars of a panel apart."""
+    counts = {name: {getattr(other, name) for other in members} for name in ("batch", "threads")}
+    told = [f"{name} {value}" for name, values in counts.items() if len(values) > 1 and (value := getattr(row, name))]
+    return ", ".join([" ".join(filter(None, (row.side, row.dtype))), *told])
 
 
 # ---- the command line of every benchmark

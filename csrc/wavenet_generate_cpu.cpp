@@ -51,8 +51,8 @@ int64_t WaveNetShape::max_inputs() const {
 }
 int64_t WaveNetShape::scratch_floats(int64_t batch) const {
   const int64_t rows = n_layer * gate_rows() + gate_rows() + residual_rows() + skip_rows() + pad_lanes(head) +
-                       pad_lanes(n_class) + pad_lanes(n_layer) + pad_lanes(width);
-  return batch * (rows + 2 * max_inputs()) + skip_rows();
+                       pad_lanes(n_class) + pad_lanes(n_layer) + pad_lanes(width) + (width - 1) * residual_rows();
+  return batch * (rows + 2 * max_inputs()) + skip_rows() + pad_lanes(n_class);
 }
 
 WaveNetShape wavenet_shape(const int64_t* ints, int64_t count) {

@@ -8,15 +8,17 @@ namespace {
 
 // Everything a thread needs, carved out of job.scratch.
 struct Scratch {
-  Rows base;     // bias + projected condition: (n_layer, gate_rows) a stream
-  float* skip;   // the skip biases of all layers, summed
-  Rows in;       // inputs of the matrix at work: (taps, inputs padded)
-  Rows z;        // gate_rows
-  Rows x;        // residual_rows | skip_rows
-  Rows head;     // head rows
-  Rows logits;   // class rows
-  Rows slots;    // int32: the oldest slot of each layer's ring, which is the next to be written
-  void* packed;  // inputs rounded to the pack type
+  Streams base;    // bias + projected condition: n_layer times gate_rows
+  Streams past;    // the taps before the newest: width - 1 times inputs padded
+  Streams z;       // gate_rows
+  Streams h;       // the gate's output, and the inputs of the head's matrices
+  Streams x;       // residual_rows | skip_rows
+  Streams head;    // head rows
+  Streams logits;  // class rows
+  float* row;      // the logits of one stream
+  float* skip;     // the skip biases of all layers, summed
+  int32_t* slots;  // (batch, n_layer): the oldest slot of each layer's ring, which is the next to be written
+  void* packed;    // inputs rounded to the pack type
   float* scales;
 };
 
@@ -47,24 +49,37 @@ static Matrix read_matrix(const WaveNetShape& s, const uint8_t*& p, int64_t rows
   return m;
 }
 
-// out[b] += matrix * in[b]; streams of one tile share every weight that is read.
+// out = from + matrix * in; streams of one tile share every weight that is read.
 template <class Dot>
-static void multiply(const Net& net, const Matrix& m, const Rows& out) {
-  const int64_t batch = net.job.batch;
-  const Inputs in = Dot::prepare(m, net.scratch.in, batch, net.scratch.packed, net.scratch.scales);
-  int64_t first = rows_of<Dot, 2>(m, in, 0, batch, out);
-  first = rows_of<Dot, 1>(m, in, first, batch, out);
-  rows_of<Dot, 0>(m, in, first, batch, out);
+static void multiply(const Net& net, const Matrix& m, const Streams& in, const Streams& from, const Streams& out) {
+  const Scratch& k = net.scratch;
+  const Inputs inputs = Dot::prepare(m, k.past, in, k.packed, k.scales);
+  int64_t first = rows_of<Dot, 3>(m, inputs, 0, from, out);
+  first = rows_of<Dot, 2>(m, inputs, first, from, out);
+  first = rows_of<Dot, 1>(m, inputs, first, from, out);
+  rows_of<Dot, 0>(m, inputs, first, from, out);
 }
 
-AK_INLINE void add_rows(float* out, const float* a, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(out + i) + load(a + i));
+// One stream's rows, which lie together in `row`.
+AK_INLINE void put(const Streams& out, int64_t b, const float* row, int64_t rows) {
+  for (int64_t i = 0; i < rows; i += kRowLanes)
+    for (int j = 0; j < kRowLanes; j += kLanes) store(out.at(i, b) + j, load(row + i + j));
 }
-AK_INLINE void copy_rows(float* out, const float* a, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes) store(out + i, load(a + i));
+AK_INLINE void take(float* row, const Streams& in, int64_t b, int64_t rows) {
+  for (int64_t i = 0; i < rows; i += kRowLanes)
+    for (int j = 0; j < kRowLanes; j += kLanes) store(row + i + j, load(in.at(i, b) + j));
 }
-AK_INLINE void relu_rows(float* out, const float* a, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes) store(out + i, max(load(a + i), splat(0.0f)));
+// The same rows of every stream.
+AK_INLINE void put_all(const Streams& out, const float* row, int64_t rows) {
+  for (int64_t b = 0; b < out.batch; b++) put(out, b, row, rows);
+}
+AK_INLINE void add_all(const Streams& out, const float* row, int64_t rows) {
+  for (int64_t i = 0; i < rows; i += kRowLanes)
+    for (int64_t b = 0; b < out.batch; b++)
+      for (int j = 0; j < kRowLanes; j += kLanes) store(out.at(i, b) + j, load(out.at(i, b) + j) + load(row + i + j));
+}
+AK_INLINE void relu(const Streams& out, const Streams& in, int64_t rows) {
+  for (int64_t i = 0; i < rows * in.batch; i += kLanes) store(out.data + i, max(load(in.data + i), splat(0.0f)));
 }
 
 static void sum_skip_biases(const Net& net) {
@@ -73,7 +88,8 @@ static void sum_skip_biases(const Net& net) {
   for (int64_t layer = 0; layer < net.s.n_layer; layer++) {
     read_matrix(net.s, p, net.z_rows, net.s.width, net.s.residual);
     const Matrix mix = read_matrix(net.s, p, net.s.mix_rows(layer), 1, net.s.hidden);
-    add_rows(net.scratch.skip, mix.bias + mix.rows - net.skip_rows, net.skip_rows);
+    const float* bias = mix.bias + mix.rows - net.skip_rows;
+    for (int64_t i = 0; i < net.skip_rows; i++) net.scratch.skip[i] += bias[i];
   }
 }
 
@@ -85,11 +101,15 @@ static void project_condition(const Net& net, int64_t b, int64_t frame) {
   for (int64_t layer = 0; layer < s.n_layer; layer++) {
     const Matrix conv = read_matrix(s, p, net.z_rows, s.width, s.residual);
     read_matrix(s, p, s.mix_rows(layer), 1, s.hidden);
-    float* base = net.scratch.base[b] + layer * net.z_rows;
-    copy_rows(base, conv.bias, net.z_rows);
+    const Streams base = net.scratch.base.from(layer * net.z_rows);
+    put(base, b, conv.bias, net.z_rows);
     for (int64_t k = 0; c && k < s.condition; k++) {
       const float* w = net.condition + (layer * s.condition + k) * net.z_rows;
-      for (int64_t i = 0; i < net.z_rows; i += kLanes) store(base + i, fma(load(w + i), splat(c[k]), load(base + i)));
+      for (int64_t i = 0; i < net.z_rows; i += kRowLanes)
+        for (int j = 0; j < kRowLanes; j += kLanes) {
+          float* at = base.at(i, b) + j;
+          store(at, fma(load(w + i + j), splat(c[k]), load(at)));
+        }
     }
   }
 }
@@ -142,7 +162,7 @@ static void fetch_taps(const Net& net, int64_t layer, int64_t ring_offset) {
   if (layer >= net.s.n_layer) return;
   const int64_t d = net.s.dilations[layer], length = net.s.ring_slots(layer);
   for (int64_t b = 0; b < net.job.batch; b++) {
-    int64_t slot = reinterpret_cast<const int32_t*>(net.scratch.slots[b])[layer];
+    int64_t slot = net.scratch.slots[b * net.s.n_layer + layer];
     for (int64_t tap = 0; tap + 1 < net.s.width; tap++, slot = slot + d < length ? slot + d : slot + d - length) {
       const float* at = net.job.state + b * net.job.state_stride + ring_offset + slot * net.x_rows;
       for (int64_t i = 0; i < net.x_rows; i += 16) __builtin_prefetch(at + i, 1);
@@ -160,31 +180,25 @@ static void run_layer(const Net& net, int64_t layer, const uint8_t*& p, int64_t 
   const int64_t first = layer + 1 < s.n_layer ? 0 : net.x_rows;  // the last layer leaves the residual alone
   const int32_t d = int32_t(s.dilations[layer]), length = int32_t(s.ring_slots(layer));
   for (int64_t b = 0; b < net.job.batch; b++) {
-    int32_t& at = reinterpret_cast<int32_t*>(k.slots[b])[layer];
+    int32_t& oldest = k.slots[b * s.n_layer + layer];
     float* ring = net.job.state + b * net.job.state_stride + ring_offset;
-    float* in = k.in[b];
-    int32_t slot = at;  // the oldest tap lies where the newest will be written
-    for (int64_t tap = 0; tap + 1 < s.width; tap++, in += net.x_rows) {
-      copy_rows(in, ring + int64_t(slot) * net.x_rows, net.x_rows);
+    int32_t slot = oldest;  // the oldest tap lies where the newest will be written
+    for (int64_t tap = 0; tap + 1 < s.width; tap++) {
+      put(k.past.from(tap * net.x_rows), b, ring + int64_t(slot) * net.x_rows, net.x_rows);
       slot += d;
       if (slot >= length) slot -= length;
     }
-    copy_rows(in, k.x[b], net.x_rows);
     if (length > 0) {
-      copy_rows(ring + int64_t(at) * net.x_rows, k.x[b], net.x_rows);
-      if (++at == length) at = 0;
+      take(ring + int64_t(oldest) * net.x_rows, k.x, b, net.x_rows);
+      if (++oldest == length) oldest = 0;
     }
-    copy_rows(k.z[b], k.base[b] + layer * net.z_rows, net.z_rows);
   }
   fetch_taps(net, layer + 1, ring_offset + length * net.x_rows);
-  multiply<Dot>(net, conv, k.z);
-  const int64_t half = net.z_rows / 2;
-  for (int64_t b = 0; b < net.job.batch; b++) {
-    const float* z = k.z[b];
-    for (int64_t i = 0; i < half; i += kLanes) store(k.in[b] + i, gate(load(z + i), load(z + half + i)));
-    if (first == 0) add_rows(k.x[b], mix.bias, net.x_rows);
-  }
-  multiply<Dot>(net, mix, {k.x.data + first, k.x.stride});
+  multiply<Dot>(net, conv, k.x, k.base.from(layer * net.z_rows), k.z);
+  const int64_t half = net.z_rows / 2 * net.job.batch;
+  for (int64_t i = 0; i < half; i += kLanes) store(k.h.data + i, gate(load(k.z.data + i), load(k.z.data + half + i)));
+  if (first == 0) add_all(k.x, mix.bias, net.x_rows);
+  multiply<Dot>(net, mix, k.h, k.x.from(first), k.x.from(first));
 }
 
 // Skip sums -> logits of every stream.
@@ -195,16 +209,12 @@ static void run_head(const Net& net, const uint8_t* p) {
   const Matrix head = read_matrix(s, p, pad_lanes(s.head), 1, s.skip);
   Matrix out = read_matrix(s, p, net.class_rows, 1, s.head);
   out.follow = net.layers;
-  for (int64_t b = 0; b < net.job.batch; b++) {
-    relu_rows(k.in[b], k.x[b] + net.x_rows, net.skip_rows);
-    copy_rows(k.head[b], head.bias, head.rows);
-  }
-  multiply<Dot>(net, head, k.head);
-  for (int64_t b = 0; b < net.job.batch; b++) {
-    relu_rows(k.in[b], k.head[b], head.rows);
-    copy_rows(k.logits[b], out.bias, out.rows);
-  }
-  multiply<Dot>(net, out, k.logits);
+  relu(k.h, k.x.from(net.x_rows), net.skip_rows);
+  put_all(k.head, head.bias, head.rows);
+  multiply<Dot>(net, head, k.h, k.head, k.head);
+  relu(k.h, k.head, head.rows);
+  put_all(k.logits, out.bias, out.rows);
+  multiply<Dot>(net, out, k.h, k.logits, k.logits);
 }
 
 template <class Dot>
@@ -215,8 +225,8 @@ static void run(const Net& net) {
   for (int64_t t = 0; t < job.n; t++) {
     for (int64_t b = 0; b < job.batch; b++) {
       float* state = job.state + b * job.state_stride;
-      copy_rows(k.x[b], net.embedding + int64_t(state[2]) * net.x_rows, net.x_rows);
-      copy_rows(k.x[b] + net.x_rows, k.skip, net.skip_rows);
+      put(k.x, b, net.embedding + int64_t(state[2]) * net.x_rows, net.x_rows);
+      put(k.x.from(net.x_rows), b, k.skip, net.skip_rows);
       if (s.condition) {
         const int64_t position = state_position(state);
         if (t == 0 || position % s.hop == 0) project_condition(net, b, position / s.hop - (position - t) / s.hop);
@@ -232,9 +242,10 @@ static void run(const Net& net) {
     if (needs_logits) run_head<Dot>(net, p);
     for (int64_t b = 0; b < job.batch; b++) {
       float* state = job.state + b * job.state_stride;
-      if (job.logits) memcpy(job.logits + (b * job.n + t) * s.n_class, k.logits[b], size_t(s.n_class) * sizeof(float));
+      if (needs_logits) take(k.row, k.logits, b, net.class_rows);
+      if (job.logits) memcpy(job.logits + (b * job.n + t) * s.n_class, k.row, size_t(s.n_class) * sizeof(float));
       const int32_t code = t < job.forced ? job.codes[b * job.forced + t]
-                                          : draw(k.logits[b], s.n_class, job.uniforms[b * job.n + t], job.temperature);
+                                          : draw(k.row, s.n_class, job.uniforms[b * job.n + t], job.temperature);
       if (s.n_class <= 256)
         static_cast<uint8_t*>(job.out)[b * job.n + t] = uint8_t(code);
       else
@@ -257,29 +268,28 @@ void wavenet_run(const WaveNetJob& job) {
   net.layers = job.pack + s.table_bytes();
 
   float* at = job.scratch;
-  const auto carve = [&](int64_t stride) {
-    const Rows rows{at, stride};
-    at += job.batch * stride;
-    return rows;
-  };
+  const auto floats = [&](int64_t n) { return (at += n) - n; };
+  const auto streams = [&](int64_t rows) { return Streams{floats(job.batch * rows), job.batch}; };
   Scratch& k = net.scratch;
-  k.base = carve(s.n_layer * net.z_rows);
-  k.in = carve(s.max_inputs());
-  k.z = carve(net.z_rows);
-  k.x = carve(net.x_rows + net.skip_rows);
-  k.head = carve(pad_lanes(s.head));
-  k.logits = carve(net.class_rows);
-  k.slots = carve(pad_lanes(s.n_layer));
-  k.packed = carve(s.max_inputs()).data;
-  k.scales = carve(pad_lanes(s.width)).data;
-  k.skip = at;
+  k.base = streams(s.n_layer * net.z_rows);
+  k.past = streams((s.width - 1) * net.x_rows);
+  k.z = streams(net.z_rows);
+  k.h = streams(s.max_inputs());
+  k.x = streams(net.x_rows + net.skip_rows);
+  k.head = streams(pad_lanes(s.head));
+  k.logits = streams(net.class_rows);
+  k.packed = floats(job.batch * s.max_inputs());
+  k.scales = floats(job.batch * pad_lanes(s.width));
+  k.slots = reinterpret_cast<int32_t*>(floats(job.batch * pad_lanes(s.n_layer)));
+  k.row = floats(net.class_rows);
+  k.skip = floats(net.skip_rows);
   sum_skip_biases(net);
 
   for (int64_t b = 0; b < job.batch; b++) {
     const int64_t position = state_position(job.state + b * job.state_stride);
     for (int64_t layer = 0; layer < s.n_layer; layer++) {
       const int64_t length = s.ring_slots(layer);
-      reinterpret_cast<int32_t*>(k.slots[b])[layer] = length ? int32_t(position % length) : 0;
+      k.slots[b * s.n_layer + layer] = length ? int32_t(position % length) : 0;
     }
     if (!s.condition) project_condition(net, b, -1);
   }

@@ -148,6 +148,14 @@ def test_bars_are_drawn(tmp_path):
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_bars_of_a_panel_are_told_apart():
+    one, four = (common.Row("case", "ours", "us", 1.0, dtype="float32", batch=batch) for batch in (1, 4))
+    unbatched = common.Row("case", "limit", "us", 1.0, threads=2)
+    assert common._bar_name(four, [four]) == "ours float32"
+    assert common._bar_name(four, [one, four]) == "ours float32, batch 4"
+    assert common._bar_name(unbatched, [one, unbatched]) == "limit, threads 2"
+
+
 @pytest.mark.parametrize(("option", "words"), [("no-such", "name must be an instruction set"), (None, "")])
 def test_instruction_set_is_chosen(option, words):
     if C is None:

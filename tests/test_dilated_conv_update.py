@@ -272,6 +272,7 @@ def test_compile_fullgraph_dynamic():
         return 2 * dilated_conv_update(x, conv_state, weight, bias, position, dilation=dilation)
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     backend = "inductor" if C else "aot_eager"  # inductor needs a compiler too
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
     for size in ((4, 5, 7, 3, 10), (6, 11, 9, 3, 8), (5, 12, 16, 3, 20)):

@@ -217,6 +217,16 @@ def test_temperature_sharpens():
     assert top[0] > top[1] + 0.1
 
 
+def test_temperature_zero_takes_the_largest_logit():
+    pack = pack_of([1, 2, 4])
+    state = wavenet_state(pack, pack.shape.n_class)
+    state[:, 2] = torch.arange(pack.shape.n_class)  # a stream after each code: near ties among them
+    greedy, logits = run(pack, len(state), 20, state=state, temperature=0.0, return_logits=True)
+    assert torch.equal(greedy.long(), logits.argmax(2))
+    second = logits.topk(2, dim=2).values
+    assert float((second[..., 0] - second[..., 1]).min()) < 0.1, "no near tie: this proves little"
+
+
 # ---- guarantees ----
 
 
