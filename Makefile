@@ -2,10 +2,12 @@
 #   make demo    train a small WaveNet on a bundled recording, generate sound: demo/out.wav, demo/report.png
 #   make test    the tests              make test-full  with the long ones and a sanitizer build
 #   make build   the compiled kernels   make lint, make bench, make wheel, make clean
-# Variables: PYTHON=python3.12, TORCH=torch==2.11.0, PYTEST_ARGS="-k wavenet"; AUDIOKERNELS_CUDA=0|1|auto,
-# TORCH_CUDA_ARCH_LIST and DEBUG=1 reach the build through the environment.
+# Variables: PYTHON=python3.12, TORCH=torch==2.11.0 TRITON=triton==3.6.0, PYTEST_ARGS="-k wavenet";
+# AUDIOKERNELS_CUDA=0|1|auto, TORCH_CUDA_ARCH_LIST and DEBUG=1 reach the build through the environment.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# What TORCH itself names; its CPU build does not bring it, and the tests interpret the Triton kernels.
+TRITON ?= triton==3.7.1
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
@@ -88,5 +90,5 @@ clean:
 	touch $@
 
 .venv/dev: .venv/built
-	$(PIP) install -q "audiokernels[models,train,dev]"
+	$(PIP) install -q "$(TRITON)" "audiokernels[models,train,dev]"
 	touch $@

@@ -26,24 +26,14 @@ def shape(headdim, seqlen=4096):
     return (1, 8, seqlen, headdim)
 
 
+@pytest.mark.timeout(1800)  # with the slow cases
 def test_interpreted(request):
     """In a process of its own: whether Triton interprets is settled when it is imported."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     cases = Path(__file__).with_name("interpreted_attention.py")
-    chosen = request.config.option.markexpr
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--durations=5",
-        "-m",
-        chosen,
-        str(cases),
-    ]
+    options = ["-q", "-p", "no:cacheprovider", "--durations=5", "-m", request.config.option.markexpr]
+    command = [sys.executable, "-m", "pytest", *options, str(cases)]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 35, done.stdout
