@@ -7,14 +7,6 @@ namespace audiokernels {
 namespace AUDIOKERNELS_ISA {
 namespace {
 
-AK_INLINE VFloat multiply_add(VFloat a, VFloat b, VFloat c) {
-#if defined(__FP_FAST_FMAF)
-  return fma(a, b, c);
-#else
-  return a * b + c;  // no fused instruction here, and no need of one
-#endif
-}
-
 struct Float32 {
   typedef float Number;
   AK_INLINE VFloat load(const float* p) { return AUDIOKERNELS_ISA::load(p); }
@@ -22,40 +14,12 @@ struct Float32 {
 
 struct BFloat16 {
   typedef uint16_t Number;
-  AK_INLINE VFloat load(const uint16_t* p) {
-    typedef uint16_t VHalf __attribute__((vector_size(2 * kLanes)));
-    VHalf v;
-    memcpy(&v, p, sizeof v);
-    return (VFloat)(__builtin_convertvector(v, VInt) << 16);
-  }
+  AK_INLINE VFloat load(const uint16_t* p) { return load_bfloat16(p); }
 };
 
 struct Float16 {
   typedef uint16_t Number;
-  AK_INLINE VFloat load(const uint16_t* p) {
-#if defined(__AVX512F__)
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__AVX2__)
-    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#else
-    // exponent and mantissa move to their places and 2^112 mends the bias: exact, subnormals too
-    VFloat r;
-    for (int i = 0; i < kLanes; i++) {
-      const uint32_t bits = p[i];
-      const uint32_t magnitude = bits & 0x7fff;
-      uint32_t f = magnitude << 13;
-      float value;
-      memcpy(&value, &f, 4);
-      value *= 0x1p112f;
-      memcpy(&f, &value, 4);
-      if (magnitude >= 0x7c00) f = 0x7f800000 | (magnitude & 0x3ff) << 13;  // infinity or NaN
-      f |= (bits & 0x8000) << 16;
-      memcpy(&value, &f, 4);
-      r[i] = value;
-    }
-    return r;
-#endif
-  }
+  AK_INLINE VFloat load(const uint16_t* p) { return load_float16(p); }
 };
 
 AK_INLINE float sum_lanes(VFloat v) {

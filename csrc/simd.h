@@ -112,6 +112,80 @@ AK_INLINE VFloat fma(VFloat a, VFloat b, VFloat c) {
 }
 #endif
 
+// a * b + c, rounded once or twice: where nothing is to be bit-equal over instruction sets.
+AK_INLINE VFloat multiply_add(VFloat a, VFloat b, VFloat c) {
+#if defined(__FP_FAST_FMAF)
+  return fma(a, b, c);
+#else
+  return a * b + c;  // no fused instruction here, and no need of one
+#endif
+}
+
+// ---- 16-bit floats, as their bits ----
+
+typedef uint16_t VHalf __attribute__((vector_size(2 * kLanes)));
+
+AK_INLINE VFloat load_bfloat16(const uint16_t* p) {
+  VHalf v;
+  memcpy(&v, p, sizeof v);
+  return (VFloat)(__builtin_convertvector(v, VInt) << 16);
+}
+AK_INLINE void store_bfloat16(uint16_t* p, VFloat v) {  // to nearest, ties to even; NaN stays NaN
+  const VInt bits = (VInt)v;
+  const VInt rounded = (bits + splat_int(0x7FFF) + ((bits >> 16) & 1)) >> 16;
+  const VHalf half = __builtin_convertvector(v == v ? rounded : splat_int(0x7FC0), VHalf);
+  memcpy(p, &half, sizeof half);
+}
+
+AK_INLINE VFloat load_float16(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  // exponent and mantissa move to their places and 2^112 mends the bias: exact, subnormals too
+  VFloat r;
+  for (int i = 0; i < kLanes; i++) {
+    const uint32_t bits = p[i];
+    const uint32_t magnitude = bits & 0x7fff;
+    uint32_t f = magnitude << 13;
+    float value;
+    memcpy(&value, &f, 4);
+    value *= 0x1p112f;
+    memcpy(&f, &value, 4);
+    if (magnitude >= 0x7c00) f = 0x7f800000 | (magnitude & 0x3ff) << 13;  // infinity or NaN
+    f |= (bits & 0x8000) << 16;
+    memcpy(&value, &f, 4);
+    r[i] = value;
+  }
+  return r;
+#endif
+}
+AK_INLINE void store_float16(uint16_t* p, VFloat v) {  // to nearest, ties to even
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; i++) {
+    const float x = v[i], size = x < 0 ? -x : x;
+    uint32_t bits, half;
+    memcpy(&bits, &x, 4);
+    if (!(size < 65520.0f)) {
+      half = x == x ? 0x7c00 : 0x7e00;  // rounds to infinity; NaN
+    } else if (size < 0x1p-14f) {
+      const float shifted = size + 0.5f;  // a subnormal's last place is 2^-24, as that of 0.5 is
+      memcpy(&half, &shifted, 4);
+      half -= 0x3f000000;
+    } else {
+      const uint32_t magnitude = bits & 0x7fffffff;
+      half = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    }
+    p[i] = uint16_t(half | (bits >> 16 & 0x8000));
+  }
+#endif
+}
+
 // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
 constexpr float kRound = 12582912.0f;
 constexpr int32_t kRoundBits = 0x4B400000;

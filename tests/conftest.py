@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
     """One torch thread: the same bits in every process, and no threads that wait for each other on a busy machine."""
     import torch

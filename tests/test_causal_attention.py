@@ -36,6 +36,8 @@ from audiokernels.causal_attention import (
     visible_pairs,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OP = torch.ops.audiokernels.causal_attention.default
 BACKWARD = torch.ops.audiokernels.causal_attention_backward.default
 KERNELS = kernels("causal_attention")

@@ -12,6 +12,8 @@ from audiokernels import backends, causal_attention, causal_attention_decode, ex
 from audiokernels._library import C
 from audiokernels.causal_attention_decode import causal_attention_decode_ref, kv_cache_update_ref
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DECODE = torch.ops.audiokernels.causal_attention_decode.default
 UPDATE = torch.ops.audiokernels.kv_cache_update.default
 KERNELS = kernels("causal_attention_decode")

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from audiokernels import causal_attention
 from audiokernels.integrations import sdpa
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def hf():

@@ -1,0 +1,121 @@
+// Fused causal attention on the CPU; audiokernels/causal_attention.py defines it.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace audiokernels {
+
+// Never a shared inline copy: this header is compiled once per instruction set.
+#define AUDIOKERNELS_INLINE __attribute__((always_inline)) inline
+
+enum class AttentionDtype { float32, bfloat16, float16, float64 };
+
+AUDIOKERNELS_INLINE int64_t attention_bytes(AttentionDtype dtype) {
+  return dtype == AttentionDtype::float64 ? 8 : dtype == AttentionDtype::float32 ? 4 : 2;
+}
+
+// A (batch, heads, rows, headdim) tensor of the call's dtype; strides in elements.
+struct AttentionTensor {
+  char* data;
+  int64_t stride[4];
+};
+
+// The same as float32 with adjacent channels: the caller's own memory, or a copy padded with zeros.
+struct AttentionRows {
+  const float* data;
+  int64_t stride[3];
+  AUDIOKERNELS_INLINE const float* at(int64_t b, int64_t h) const { return data + b * stride[0] + h * stride[1]; }
+};
+
+struct AttentionSizes {
+  int64_t batch, nheads, nheads_kv, seqlen_q, seqlen_k, headdim;
+  int64_t window;  // keys that a query sees, itself among them; at most seqlen_k
+  double scale;
+  AttentionDtype dtype;
+  int64_t group;  // query heads that share keys and values
+
+  AUDIOKERNELS_INLINE int64_t key_of(int64_t q) const {
+    return q + seqlen_k - seqlen_q;
+  }  // the last key that query q sees
+};
+
+constexpr int64_t kAttentionUnit = 192;  // queries in a unit of forward work, a multiple of every block of queries
+constexpr int64_t kAttentionKeys = 48;   // keys in a tile
+constexpr int64_t kAttentionDecodeKeys = 128;  // read at a time by attention_decode
+constexpr int64_t kAttentionMostQueries = 48;  // in a block of any instruction set
+
+AUDIOKERNELS_INLINE int64_t attention_round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+struct AttentionForward : AttentionSizes {
+  AttentionTensor q, out;
+  AttentionRows k, v;  // channels: headdim rounded up to 8
+  float* lse;          // (batch, nheads, seqlen_q)
+
+  AUDIOKERNELS_INLINE int64_t units_per_head() const { return (seqlen_q + kAttentionUnit - 1) / kAttentionUnit; }
+  AUDIOKERNELS_INLINE int64_t scratch_floats() const {
+    const int64_t channels = attention_round_up(headdim, 16);
+    return kAttentionMostQueries * (channels + kAttentionKeys) + kAttentionUnit * 2 * channels;
+  }
+};
+
+// A unit of work is a segment of the keys of a kv head; dq is summed over the segments at the end, in their order. So
+// the result does not depend on the threads.
+struct AttentionBackward : AttentionSizes {
+  AttentionTensor grad_out, q, out, dq, dk, dv;
+  AttentionRows k, v;                   // channels: headdim rounded up to 8
+  AttentionRows q_rows, grad_out_rows;  // channels: headdim rounded up to 16
+  const float *lse, *grad_lse;          // (batch, nheads, seqlen_q); grad_lse may be null
+  int64_t segments;
+  // Packed by attention_pack: what the tiles read of a block of queries.
+  float *q_panels, *grad_panels;  // (batch, nheads, panel_floats()): scale * log2(e) * q, grad_out
+  float* row_numbers;  // (batch, nheads, 3, padded_queries()): log2(e) * lse, what its rounding left, grad_lse - D
+  float* dq_parts;     // (batch, nheads, segments, panel_floats())
+
+  AUDIOKERNELS_INLINE int64_t padded_queries() const { return attention_round_up(seqlen_q, kAttentionUnit); }
+  AUDIOKERNELS_INLINE int64_t panel_floats() const { return padded_queries() * attention_round_up(headdim, 16); }
+  AUDIOKERNELS_INLINE int64_t units_per_head() const { return padded_queries() / kAttentionUnit; }
+  AUDIOKERNELS_INLINE int64_t key_blocks() const { return (seqlen_k + kAttentionKeys - 1) / kAttentionKeys; }
+  AUDIOKERNELS_INLINE int64_t scratch_floats() const {
+    const int64_t channels = attention_round_up(headdim, 16), turns = (key_blocks() + segments - 1) / segments;
+    const int64_t pack = kAttentionMostQueries * 3 * channels;
+    const int64_t unit = kAttentionKeys * (2 * kAttentionMostQueries + turns * 2 * channels);
+    return pack > unit ? pack : unit;
+  }
+};
+
+// seqlen_q new positions against caches of seqlen_k slots: position p lies in slot p % seqlen_k.
+struct AttentionDecode : AttentionSizes {
+  AttentionTensor q, k_cache, v_cache, out;
+  const int32_t* cache_seqlens;  // positions before the new ones
+  int64_t cache_seqlens_stride;
+
+  AUDIOKERNELS_INLINE int64_t units() const { return batch * nheads_kv; }
+  AUDIOKERNELS_INLINE int64_t queries() const { return group * seqlen_q; }  // of a unit
+  AUDIOKERNELS_INLINE int64_t scratch_floats() const {
+    const int64_t channels = attention_round_up(headdim, 16);
+    return kAttentionDecodeKeys * (1 + 2 * channels) + queries() * (2 * channels + 32);
+  }
+};
+
+// Of attention_read: rows [first, last) of a (batch, heads, rows, headdim) tensor become float32, `channels` of them
+// with zeros in the padding. Of attention_backward: a unit is (batch, kv head, segment); of
+// attention_decode: (batch, kv head). Others: (batch, head, block of
+// kAttentionUnit queries).
+#define AUDIOKERNELS_DECLARE(isa)                                                                                \
+  namespace isa {                                                                                                \
+  void attention_read(const AttentionTensor& t, const int64_t* sizes, AttentionDtype dtype, float* rows,         \
+                      int64_t channels, int64_t first, int64_t last);                                            \
+  void attention_forward(const AttentionForward& call, int64_t first_unit, int64_t last_unit, float* scratch);   \
+  void attention_pack(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch);     \
+  void attention_backward(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch); \
+  void attention_write_dq(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch); \
+  void attention_decode(const AttentionDecode& call, int64_t first_unit, int64_t last_unit, float* scratch);     \
+  }
+AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_DECLARE)
+#undef AUDIOKERNELS_DECLARE
+
+}  // namespace audiokernels

@@ -1,0 +1,194 @@
+// The forward pass of causal attention, compiled once per instruction set.
+//
+// A block of queries meets the keys it sees, a tile of kKeys at a time, and keeps a running sum of exponentials and of
+// weighted values (online softmax; Milakov and Gimelshein 2018, Dao et al. 2022). Scores are powers of 2: log2(e) lies
+// in the queries. The reference of a query, which is taken from its scores before the exponential, is its score with
+// itself; it moves only when scores exceed it so far that a tile's sum shows it, which keeps the result exact.
+#include <math.h>
+
+#include "causal_attention_tile.h"
+
+namespace audiokernels {
+namespace AUDIOKERNELS_ISA {
+namespace {
+
+constexpr float kMostTotal = 65536.0f;  // of a tile's weights
+
+constexpr int kBlocks = kAttentionUnit / kQueries;  // that meet a tile of keys while it is near
+
+struct Block {
+  const AttentionForward* call;
+  const float *k, *v;    // of the kv head
+  int64_t headdim;       // rounded up to 8
+  int64_t own, queries;  // the first query's position, how many there are
+  float *panel, *sums, *weights;
+  VFloat reference[kQueryVectors];
+  VFloat total[kQueryVectors];  // of the exponentials
+};
+
+static void start_at_own_score(Block& block, float* rows) {
+  const int64_t channels = panel_channels(block.call->headdim);
+  for (int64_t i = 0; i < kQueries; i++) {
+    const float* row = block.k + (block.own + least(i, block.queries - 1)) * block.call->k.stride[2];
+    memcpy(rows + i * channels, row, size_t(block.headdim) * sizeof(float));
+    for (int64_t d = block.headdim; d < channels; d++) rows[i * channels + d] = 0.0f;
+  }
+  to_panel(rows, channels, 1.0f, block.sums);
+  for (int i = 0; i < kQueryVectors; i++) {
+    VFloat score{};
+    for (int64_t d = 0; d < block.headdim; d++) {
+      const int64_t at = d * kQueries + i * kLanes;
+      score = multiply_add(load(block.panel + at), load(block.sums + at), score);
+    }
+    block.reference[i] = select(abs(score) < splat(kInfinity), score, VFloat{});
+    block.total[i] = VFloat{};
+  }
+  memset(block.sums, 0, size_t(channels) * kQueries * sizeof(float));
+}
+
+static void hide_unseen(const Tile& tile, float* scores) {
+  for (int64_t j = 0; j < attention_round_up(tile.count, 2); j++) {  // as exponentials() takes them
+    for (int i = 0; i < kQueryVectors; i++) {
+      float* p = scores + j * kQueries + i * kLanes;
+      store(p, select(tile.visible(j, i), load(p), splat(-kInfinity)));
+    }
+  }
+}
+
+// scores -> weights; their sums over the tile.
+static void exponentials(const Block& block, int64_t count, VFloat (&total)[kQueryVectors]) {
+  VFloat reference[kQueryVectors], sum[kPair] = {};
+  for (int i = 0; i < kQueryVectors; i++) reference[i] = block.reference[i];
+  float* weights = block.weights;
+  for (int64_t j = 0; j < count; j += 2, weights += 2 * kQueries) {
+    VFloat x[kPair];
+    for (int i = 0; i < kPair; i++) x[i] = load(weights + i * kLanes) - reference[i % kQueryVectors];
+    exp2_of(x);
+    for (int i = 0; i < kPair; i++) {
+      store(weights + i * kLanes, x[i]);
+      sum[i] += x[i];
+    }
+  }
+  for (int i = 0; i < kQueryVectors; i++) total[i] = sum[i] + sum[i + kQueryVectors];
+}
+
+// Has a score exceeded its reference by about 16?
+AK_INLINE VInt out_of_reach(VFloat total) { return total > splat(kMostTotal); }
+
+// Lifts the references of those queries to their largest scores; what is summed so far shrinks accordingly. Others stay
+// to the bit: no query depends on those beside it.
+static void move_references(Block& block, int64_t count, const VFloat (&total)[kQueryVectors]) {
+  for (int i = 0; i < kQueryVectors; i++) {
+    VFloat largest = splat(-kInfinity);
+    for (int64_t j = 0; j < count; j++) largest = max(load(block.weights + j * kQueries + i * kLanes), largest);
+    const VFloat rise = select(out_of_reach(total[i]), largest - block.reference[i], VFloat{});
+    VFloat factor[1] = {-rise};
+    exp2_of(factor);
+    block.reference[i] += rise;
+    block.total[i] *= factor[0];
+    for (int64_t d = 0; d < block.headdim; d++) {
+      float* p = block.sums + d * kQueries + i * kLanes;
+      store(p, load(p) * factor[0]);
+    }
+  }
+}
+
+static void score(const Block& block, const Tile& tile) {
+  const int64_t stride = block.call->k.stride[2];
+  dot_rows(block.k + tile.key * stride, stride, tile.count, block.panel, block.headdim, {}, block.weights);
+  if (!tile.whole()) hide_unseen(tile, block.weights);
+}
+
+static void add_keys(Block& block, const Tile& tile) {
+  VFloat total[kQueryVectors];
+  VInt exceeded{};
+  score(block, tile);
+  exponentials(block, tile.count, total);
+  for (int i = 0; i < kQueryVectors; i++) exceeded |= out_of_reach(total[i]);
+  if (any(exceeded)) {
+    score(block, tile);
+    move_references(block, tile.count, total);
+    exponentials(block, tile.count, total);
+  }
+  for (int i = 0; i < kQueryVectors; i++) block.total[i] += total[i];
+  const int64_t stride = block.call->v.stride[2];
+  add_tile(block.v + tile.key * stride, stride, tile, block.weights, block.headdim, block.sums);
+}
+
+// block.call, .own, .queries and its memory are set.
+static void open_block(Block& block, const Place& at, float* rows) {
+  const AttentionForward& call = *block.call;
+  const int64_t channels = panel_channels(call.headdim), kv_head = at.h / call.group;
+  block.k = call.k.at(at.b, kv_head);
+  block.v = call.v.at(at.b, kv_head);
+  block.headdim = attention_round_up(call.headdim, 8);
+  read_rows(call.q, call.dtype, at, call.headdim, channels, rows);
+  memset(rows + at.count * channels, 0, size_t((kQueries - at.count) * channels) * sizeof(float));
+  to_panel(rows, channels, float(call.scale * 1.4426950408889634), block.panel);
+  start_at_own_score(block, rows);
+}
+
+static void close_block(const Block& block, const Place& at, float* rows) {
+  const AttentionForward& call = *block.call;
+  const int64_t channels = panel_channels(call.headdim);
+  VFloat inverse[kQueryVectors];
+  for (int i = 0; i < kQueryVectors; i++) inverse[i] = splat(1.0f) / block.total[i];
+  from_panel(block.sums, channels, inverse, rows);
+  write_rows(rows, channels, call.out, call.dtype, at, call.headdim);
+  float* lse = call.lse + (at.b * call.nheads + at.h) * call.seqlen_q + at.first;
+  for (int64_t i = 0; i < at.count; i++) {
+    const double reference = double(block.reference[i / kLanes][i % kLanes]);
+    const double total = double(block.total[i / kLanes][i % kLanes]);
+    lse[i] = float((reference + log2(total)) * 0.6931471805599453);
+  }
+}
+
+// The queries from `first` on, a unit of work.
+static void forward_unit(const AttentionForward& call, int64_t b, int64_t h, int64_t first, float* scratch) {
+  const int64_t panel_size = panel_channels(call.headdim) * kQueries, window = call.window;
+  const int64_t queries = least(kAttentionUnit, call.seqlen_q - first), own = call.key_of(first);
+  float *rows = scratch, *weights = rows + panel_size, *panels = weights + kKeys * kQueries;
+  Block blocks[kBlocks];
+  Place places[kBlocks];
+  int n = 0;
+  for (int64_t q = 0; q < queries; q += kQueries, n++, panels += 2 * panel_size) {
+    places[n] = {b, h, first + q, least(kQueries, queries - q)};
+    blocks[n] = {&call, nullptr, nullptr, 0, own + q, places[n].count, panels, panels + panel_size, weights, {}, {}};
+    open_block(blocks[n], places[n], rows);
+  }
+  for (int64_t key = most(own - window + 1, 0); key < own + queries; key += kKeys) {
+    for (int i = 0; i < n; i++) {
+      Block& block = blocks[i];
+      const int64_t start = most(key, block.own - window + 1), end = least(key + kKeys, block.own + block.queries);
+      if (start < end) add_keys(block, {start, end - start, block.own, block.queries, window});
+    }
+  }
+  for (int i = 0; i < n; i++) close_block(blocks[i], places[i], rows);
+}
+
+}  // namespace
+
+void attention_read(const AttentionTensor& t, const int64_t* sizes, AttentionDtype dtype, float* rows, int64_t channels,
+                    int64_t first, int64_t last) {
+  const int64_t heads = sizes[1], seqlen = sizes[2], headdim = sizes[3];
+  for (int64_t i = first; i < last;) {  // a head's rows at a time
+    const int64_t head = i / seqlen, count = least(last, (head + 1) * seqlen) - i;
+    read_rows(t, dtype, {head / heads, head % heads, i % seqlen, count}, headdim, channels, rows + i * channels);
+    i += count;
+  }
+}
+
+void attention_forward(const AttentionForward& call, int64_t first_unit, int64_t last_unit, float* scratch) {
+  const unsigned before = flush_subnormals();
+  const int64_t per_head = call.units_per_head();
+  for (int64_t unit = first_unit; unit < last_unit; unit++) {
+    // short rows and long rows in turn: then any run of units costs about the same per unit
+    const int64_t head = unit / per_head, turn = unit % per_head;
+    const int64_t place = turn % 2 ? per_head - 1 - turn / 2 : turn / 2;
+    forward_unit(call, head / call.nheads, head % call.nheads, place * kAttentionUnit, scratch);
+  }
+  keep_subnormals(before);
+}
+
+}  // namespace AUDIOKERNELS_ISA
+}  // namespace audiokernels

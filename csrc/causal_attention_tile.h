@@ -1,0 +1,330 @@
+// The pieces that the forward and the backward pass share, for the instruction set being compiled.
+//
+// Queries lie in the lanes: a panel holds a block of queries (or of what belongs to them) as (headdim, kQueries), keys
+// and values are rows whose numbers are broadcast. So scores need no sum and no maximum over lanes, a headdim needs no
+// padding beyond 8, and keys are read where the caller has them.
+#pragma once
+
+#include "causal_attention.h"
+#include "simd.h"
+
+namespace audiokernels {
+namespace AUDIOKERNELS_ISA {
+namespace {
+
+// A register tile: kQueryVectors vectors of queries by kTile keys (or channels).
+#if defined(__AVX512F__)
+constexpr int kQueryVectors = 3, kTile = 8, kSums = 24;
+#elif defined(__AVX2__)
+constexpr int kQueryVectors = 3, kTile = 4, kSums = 12;
+#else
+constexpr int kQueryVectors = 2, kTile = 4, kSums = 8;
+#endif
+constexpr int kQueries = kQueryVectors * kLanes;  // in a block
+constexpr int kPair = 2 * kQueryVectors;          // vectors of two keys
+constexpr int kKeys = kAttentionKeys;
+static_assert(kQueries <= kAttentionMostQueries && kAttentionUnit % kQueries == 0 && kKeys % kTile == 0);
+
+constexpr float kInfinity = __builtin_inff();
+
+AK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+AK_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+AK_INLINE VFloat select(VInt condition, VFloat a, VFloat b) { return condition ? a : b; }
+AK_INLINE bool any(VInt condition) {  // of all ones or zeros a lane
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)condition) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8((__m256i)condition) != 0;
+#else
+  int32_t some = 0;
+  for (int i = 0; i < kLanes; i++) some |= condition[i];
+  return some != 0;
+#endif
+}
+AK_INLINE VInt lane_numbers() {
+  VInt v{};
+  for (int i = 0; i < kLanes; i++) v[i] = i;
+  return v;
+}
+
+// Subnormal numbers count as zero from here on: far keys would slow the sums down a hundred times. What is returned
+// ends that. (Not a destructor: one would bring a weak symbol into the object.)
+AK_INLINE unsigned flush_subnormals() {
+#if defined(__x86_64__)
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | 0x8040);
+  return before;
+#else
+  return 0;
+#endif
+}
+AK_INLINE void keep_subnormals(unsigned before) {
+#if defined(__x86_64__)
+  _mm_setcsr(before);
+#else
+  (void)before;
+#endif
+}
+
+// x = 2^x within 1.2 ulps, 1 at 0; infinity from 128 on, 0 far below, NaN stays NaN. Step by step for all vectors,
+// since each step waits for the one before it.
+template <int n>
+AK_INLINE void exp2_of(VFloat (&x)[n]) {
+  VFloat r[n], p[n];
+#if defined(__AVX512F__)
+  constexpr float kFactors[] = {0x1.277860p-7f, 0x1.c91cecp-5f, 0x1.ebdb58p-3f, 0x1.62e4bap-1f, 1.0f};
+  for (int i = 0; i < n; i++) r[i] = _mm512_reduce_ps(x[i], _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+  for (int i = 0; i < n; i++) p[i] = splat(0x1.e97510p-10f);
+#else
+  constexpr float kFactors[] = {0x1.3ceacap-7f, 0x1.c6b704p-5f, 0x1.ebf9bap-3f, 0x1.62e42ap-1f, 1.0f};
+  constexpr float kBias = kRound + 127.0f;
+  for (int i = 0; i < n; i++) {
+    x[i] = max(splat(-127.0f), min(splat(128.0f), x[i]));  // in this order NaN passes
+    const VFloat t = x[i] + splat(kBias);                  // the exponent's bits of 2^round(x), in the low bits
+    r[i] = x[i] - (t - splat(kBias));
+    x[i] = (VFloat)((VInt)t << 23);
+  }
+  for (int i = 0; i < n; i++) p[i] = splat(0x1.5bb9cap-10f);
+#endif
+#pragma GCC unroll 5
+  for (float factor : kFactors)
+    for (int i = 0; i < n; i++) p[i] = multiply_add(p[i], r[i], splat(factor));
+#if defined(__AVX512F__)
+  for (int i = 0; i < n; i++) x[i] = _mm512_scalef_ps(p[i], x[i]);  // times 2^floor(x)
+#else
+  for (int i = 0; i < n; i++) x[i] *= p[i];
+#endif
+}
+
+// ---- rows of any dtype and stride ----
+
+// Some rows of a (batch, head): `headdim` numbers each.
+struct Place {
+  int64_t b, h, first, count;
+};
+
+AK_INLINE char* address(const AttentionTensor& t, AttentionDtype dtype, const Place& at) {
+  return t.data + (at.b * t.stride[0] + at.h * t.stride[1] + at.first * t.stride[2]) * attention_bytes(dtype);
+}
+
+template <class Number, VFloat (*load_vector)(const Number*)>
+AK_INLINE void read_numbers(const Number* p, int64_t stride, int64_t n, int64_t channels, float* row) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kLanes <= n; i += kLanes) store(row + i, load_vector(p + i));
+  for (; i < channels; i += kLanes) {
+    Number gathered[kLanes] = {};
+    for (int64_t j = i; j < least(n, i + kLanes); j++) gathered[j - i] = p[j * stride];
+    store(row + i, load_vector(gathered));
+  }
+}
+template <class Number, VFloat (*load_vector)(const Number*)>
+static inline void read_rows_as(const AttentionTensor& t, const void* from, int64_t count, int64_t n, int64_t channels,
+                                float* rows) {
+  const Number* p = static_cast<const Number*>(from);
+  if (t.stride[2] == channels && t.stride[3] == 1 && n == channels)  // one run: a row alone may be a single vector
+    return read_numbers<Number, load_vector>(p, 1, count * n, count * n, rows);
+  for (int64_t i = 0; i < count; i++)
+    read_numbers<Number, load_vector>(p + i * t.stride[2], t.stride[3], n, channels, rows + i * channels);
+}
+// -> float32 (count, channels), zeros beyond headdim; channels a multiple of kLanes.
+static inline void read_rows(const AttentionTensor& t, AttentionDtype dtype, const Place& at, int64_t headdim,
+                             int64_t channels, float* rows) {
+  const char* p = address(t, dtype, at);
+  switch (dtype) {
+    case AttentionDtype::bfloat16:
+      return read_rows_as<uint16_t, load_bfloat16>(t, p, at.count, headdim, channels, rows);
+    case AttentionDtype::float16: return read_rows_as<uint16_t, load_float16>(t, p, at.count, headdim, channels, rows);
+    default: return read_rows_as<float, load>(t, p, at.count, headdim, channels, rows);
+  }
+}
+
+template <class Number, void (*store_vector)(Number*, VFloat)>
+AK_INLINE void write_numbers(const float* row, Number* p, int64_t stride, int64_t n) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kLanes <= n; i += kLanes) store_vector(p + i, load(row + i));
+  for (; i < n; i += kLanes) {
+    Number scattered[kLanes];
+    store_vector(scattered, load(row + i));
+    for (int64_t j = i; j < least(n, i + kLanes); j++) p[j * stride] = scattered[j - i];
+  }
+}
+template <class Number, void (*store_vector)(Number*, VFloat)>
+static inline void write_rows_as(const float* rows, int64_t channels, const AttentionTensor& t, void* to, int64_t count,
+                                 int64_t n) {
+  Number* p = static_cast<Number*>(to);
+  for (int64_t i = 0; i < count; i++)
+    write_numbers<Number, store_vector>(rows + i * channels, p + i * t.stride[2], t.stride[3], n);
+}
+static inline void write_rows(const float* rows, int64_t channels, const AttentionTensor& t, AttentionDtype dtype,
+                              const Place& at, int64_t headdim) {
+  char* p = address(t, dtype, at);
+  switch (dtype) {
+    case AttentionDtype::bfloat16:
+      return write_rows_as<uint16_t, store_bfloat16>(rows, channels, t, p, at.count, headdim);
+    case AttentionDtype::float16:
+      return write_rows_as<uint16_t, store_float16>(rows, channels, t, p, at.count, headdim);
+    default: return write_rows_as<float, store>(rows, channels, t, p, at.count, headdim);
+  }
+}
+
+// ---- panels ----
+
+template <int step>
+AK_INLINE void transpose_step(VFloat (&v)[kLanes]) {
+  VInt low{}, high{};
+  for (int i = 0; i < kLanes; i++) {
+    low[i] = i & step ? kLanes + i - step : i;
+    high[i] = i & step ? kLanes + i : i + step;
+  }
+  for (int r = 0; r < kLanes; r++) {
+    if (r & step) continue;
+    const VFloat a = v[r], b = v[r + step];
+    v[r] = __builtin_shuffle(a, b, low);
+    v[r + step] = __builtin_shuffle(a, b, high);
+  }
+}
+AK_INLINE void transpose(VFloat (&v)[kLanes]) {
+  transpose_step<1>(v);
+  transpose_step<2>(v);
+  if constexpr (kLanes >= 8) transpose_step<4>(v);
+  if constexpr (kLanes >= 16) transpose_step<8>(v);
+}
+
+AK_INLINE int64_t panel_channels(int64_t headdim) { return attention_round_up(headdim, kLanes > 8 ? kLanes : 8); }
+
+// rows (kQueries, channels) -> panel (channels, kQueries), times `scale`; channels a multiple of kLanes.
+static inline void to_panel(const float* rows, int64_t channels, float scale, float* panel) {
+  for (int64_t d = 0; d < channels; d += kLanes) {
+    for (int i = 0; i < kQueries; i += kLanes) {
+      VFloat v[kLanes];
+      for (int r = 0; r < kLanes; r++) v[r] = load(rows + (i + r) * channels + d);
+      transpose(v);
+      for (int r = 0; r < kLanes; r++) store(panel + (d + r) * kQueries + i, v[r] * splat(scale));
+    }
+  }
+}
+
+// panel -> rows, each lane times its factor.
+static inline void from_panel(const float* panel, int64_t channels, const VFloat (&factor)[kQueryVectors],
+                              float* rows) {
+  for (int64_t d = 0; d < channels; d += kLanes) {
+    for (int i = 0; i < kQueryVectors; i++) {
+      VFloat v[kLanes];
+      for (int r = 0; r < kLanes; r++) v[r] = load(panel + (d + r) * kQueries + i * kLanes) * factor[i];
+      transpose(v);
+      for (int r = 0; r < kLanes; r++) store(rows + (i * kLanes + r) * channels + d, v[r]);
+    }
+  }
+}
+
+// ---- products ----
+
+// products[j][query] = start[query] + sum_d rows[j][d] * panel[d][query] for j < count (rounded up to kTile).
+static inline void dot_rows(const float* rows, int64_t stride, int64_t count, const float* panel, int64_t headdim,
+                            const VFloat (&start)[kQueryVectors], float* products) {
+  for (int64_t j = 0; j < count; j += kTile) {
+    const float* row[kTile];  // beyond the last one, that once more
+    for (int t = 0; t < kTile; t++) row[t] = rows + least(j + t, count - 1) * stride;
+    VFloat sum[kTile][kQueryVectors];
+    for (int t = 0; t < kTile; t++)
+      for (int i = 0; i < kQueryVectors; i++) sum[t][i] = start[i];
+    for (int64_t d = 0; d < headdim; d++) {
+      VFloat lanes[kQueryVectors];
+      for (int i = 0; i < kQueryVectors; i++) lanes[i] = load(panel + d * kQueries + i * kLanes);
+      for (int t = 0; t < kTile; t++) {
+        const VFloat x = splat(row[t][d]);
+        for (int i = 0; i < kQueryVectors; i++) sum[t][i] = multiply_add(x, lanes[i], sum[t][i]);
+      }
+    }
+    for (int t = 0; t < kTile; t++)
+      for (int i = 0; i < kQueryVectors; i++) store(products + (j + t) * kQueries + i * kLanes, sum[t][i]);
+  }
+}
+
+// panel[d][query] += sum_j rows[j][d] * weights[j][query] for d < headdim (rounded up to kTile).
+static inline void add_rows(const float* rows, int64_t stride, int64_t count, const float* weights, int64_t headdim,
+                            float* panel) {
+  for (int64_t d = 0; d < headdim; d += kTile) {
+    VFloat sum[kTile][kQueryVectors] = {};
+    const float* row = rows + d;
+    for (int64_t j = 0; j < count; j++, row += stride) {
+      VFloat lanes[kQueryVectors];
+      for (int i = 0; i < kQueryVectors; i++) lanes[i] = load(weights + j * kQueries + i * kLanes);
+      for (int t = 0; t < kTile; t++) {
+        const VFloat x = splat(row[t]);
+        for (int i = 0; i < kQueryVectors; i++) sum[t][i] = multiply_add(x, lanes[i], sum[t][i]);
+      }
+    }
+    for (int t = 0; t < kTile; t++) {
+      for (int i = 0; i < kQueryVectors; i++) {
+        float* p = panel + (d + t) * kQueries + i * kLanes;
+        store(p, load(p) + sum[t][i]);  // short sums first: they round less
+      }
+    }
+  }
+}
+
+// ---- what a query may see ----
+
+// The tile of `count` keys from `key` on, against `queries` queries whose own positions start at `own`.
+struct Tile {
+  int64_t key, count, own, queries, window;
+
+  // Does every query see every key?
+  bool whole() const { return queries == kQueries && key + count - 1 <= own && key > own + kQueries - 1 - window; }
+  // The queries in vector i that see key j; none sees one beyond the last.
+  __attribute__((always_inline)) VInt visible(int64_t j, int i) const {
+    const int64_t first = most(key + j - own, 0), last = j < count ? least(key + j - own + window, queries) : 0;
+    const VInt lane = lane_numbers() + splat_int(i * kLanes);
+    return (lane >= splat_int(int32_t(least(first, kQueries)))) & (lane < splat_int(int32_t(most(last, 0))));
+  }
+  bool sees(int64_t query, int64_t j) const {
+    return query < queries && key + j <= own + query && key + j > own + query - window;
+  }
+};
+
+// Is every number of these rows finite? Where not, zero weights do not keep them out of a sum.
+static inline bool all_finite(const float* rows, int64_t stride, int64_t count, int64_t headdim) {
+  int32_t largest = 0;
+  for (int64_t j = 0; j < count; j++) {
+    for (int64_t d = 0; d < headdim; d++) {
+      int32_t bits;
+      memcpy(&bits, rows + j * stride + d, sizeof bits);
+      bits &= 0x7FFFFFFF;
+      largest = bits > largest ? bits : largest;
+    }
+  }
+  return largest < 0x7F800000;
+}
+
+// add_rows where keys that a query does not see may hold NaN; for the others the same to the bit.
+static inline void add_seen_rows(const float* rows, int64_t stride, const Tile& tile, const float* weights,
+                                 int64_t headdim, float* panel) {
+  for (int i = 0; i < kQueryVectors; i++) {
+    for (int64_t d = 0; d < headdim; d++) {
+      VFloat sum{};
+      for (int64_t j = 0; j < tile.count; j++) {
+        const VFloat weight = load(weights + j * kQueries + i * kLanes);
+        sum = select(tile.visible(j, i), multiply_add(splat(rows[j * stride + d]), weight, sum), sum);
+      }
+      float* p = panel + d * kQueries + i * kLanes;
+      store(p, load(p) + sum);
+    }
+  }
+}
+
+// The weighted sum of a tile's rows, by whichever of the two it needs.
+static inline void add_tile(const float* rows, int64_t stride, const Tile& tile, const float* weights, int64_t headdim,
+                            float* panel) {
+  if (tile.whole() || all_finite(rows, stride, tile.count, headdim)) {
+    add_rows(rows, stride, tile.count, weights, headdim, panel);
+  } else {
+    add_seen_rows(rows, stride, tile, weights, headdim, panel);
+  }
+}
+
+}  // namespace
+}  // namespace AUDIOKERNELS_ISA
+}  // namespace audiokernels
