@@ -43,7 +43,7 @@ test-sanitize: .venv/dev
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=build/sanitize/package \
 	  $(BIN)/pytest --capture=sys -m "not slow" $(SANITIZE_TESTS) \
-	  -k "not test_compile and not test_export and not test_cost and not (test_codes and depend)"
+	  -k "not test_compile and not test_export and not test_cost and not test_interpreted and not (test_codes and depend)"
 
 lint: .venv/dev
 	$(BIN)/ruff check .

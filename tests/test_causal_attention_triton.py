@@ -1,14 +1,8 @@
 """The Triton kernels of causal attention without a GPU: their plans, and their values through Triton's interpreter."""
 
-import importlib.util
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from triton_cases import interpret
 
 from audiokernels import causal_attention_plan as plans
 from audiokernels.backends import REFERENCE
@@ -28,15 +22,7 @@ def shape(headdim, seqlen=4096):
 
 @pytest.mark.timeout(1800)  # with the slow cases
 def test_interpreted(request):
-    """In a process of its own: whether Triton interprets is settled when it is imported."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    cases = Path(__file__).with_name("interpreted_attention.py")
-    options = ["-q", "-p", "no:cacheprovider", "--durations=5", "-m", request.config.option.markexpr]
-    command = [sys.executable, "-m", "pytest", *options, str(cases)]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 35, done.stdout
+    interpret(request, "interpreted_attention.py", at_least=45)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

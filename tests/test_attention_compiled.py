@@ -6,11 +6,10 @@ Shows what the compiler makes of every row of the table of blocks. Whether it ru
 import importlib.util
 import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from triton_cases import compiled, spilled
 
 from audiokernels import causal_attention_plan as plans
 from audiokernels.causal_attention_plan import BackwardPlan, Device, Plan, Tile, padded
@@ -23,48 +22,18 @@ if os.environ.get("TRITON_INTERPRET"):
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import ASTSource
 
 from audiokernels.causal_attention_backward_triton import backward_launches
 from audiokernels.causal_attention_decode_triton import decode_launches, update_launch
 from audiokernels.causal_attention_triton import _EXP2, forward_launch
 
 TARGETS = {80: 166912, 90: 232448, 100: 232448, 120: 101376}  # bytes of shared memory that a block may have
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 SMALL_SPILLS = 128  # bytes: float32 operands, split into three, fill the registers at larger heads and on mma.sync
 
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path_factory.getbasetemp() / "triton"))
-
-
-def compiled(launch, arch):
-    """What `launch` would run on a GPU of that architecture, with the specialisations that its arguments bring."""
-    target, kernel = GPUTarget("cuda", arch, 32), launch.kernel
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        value = launch.constants.get(name, launch.arguments.get(name))
-        special = not parameter.do_not_specialize
-        if name in launch.constants or value is None or (special and type(value) is int and value == 1):
-            signature[name], constants[(i,)] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (special and type(value) is int and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target, launch.options)
-
-
-def spilled(made, tmp_path):
-    """Bytes of stack and local memory of a thread, by cuobjdump."""
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(made.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
 
 
 def on_meta(headdim, dtype, nheads=8):
