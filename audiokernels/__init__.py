@@ -4,6 +4,10 @@ from importlib.metadata import version as _version
 
 from audiokernels.backends import Explanation, backends, explain
 from audiokernels.dilated_conv_update import dilated_conv_update
+from audiokernels.haar_dwt import haar_dwt, haar_idwt
+from audiokernels.haar_levels import haar_levels
+from audiokernels.haar_pool import haar_pool, haar_pool_
+from audiokernels.haar_pool_update import haar_pool_state, haar_pool_update
 from audiokernels.philox import philox_uniform
 from audiokernels.wavenet_generate import wavenet_generate, wavenet_position, wavenet_state
 from audiokernels.wavenet_pack import WaveNetPack, WaveNetShape, wavenet_pack, wavenet_unpack
@@ -17,6 +21,13 @@ __all__ = [
     "backends",
     "dilated_conv_update",
     "explain",
+    "haar_dwt",
+    "haar_idwt",
+    "haar_levels",
+    "haar_pool",
+    "haar_pool_",
+    "haar_pool_state",
+    "haar_pool_update",
     "philox_uniform",
     "wavenet_generate",
     "wavenet_pack",

@@ -1,7 +1,9 @@
 """The op library that every room defines its ops in, and the compiled module where there is one."""
 
 import importlib
+import importlib.util
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -30,3 +32,18 @@ if C is None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def triton_launcher(op: str, module: str, check: Callable[..., None]) -> None:
+    """Serve `op` on CUDA by the function of its name in audiokernels.`module`, imported at the first call.
+
+    Where Triton is not installed, and on ROCm, nothing is registered. `check` gets the arguments of every call first.
+    """
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return
+
+    def launch(*args, **kwargs):
+        check(*args, **kwargs)
+        return getattr(importlib.import_module(f"audiokernels.{module}"), op)(*args, **kwargs)
+
+    lib.impl(op, launch, "CUDA")
