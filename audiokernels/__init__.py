@@ -6,6 +6,10 @@ from audiokernels.backends import Explanation, backends, explain
 from audiokernels.causal_attention import causal_attention
 from audiokernels.causal_attention_decode import causal_attention_decode, kv_cache_update
 from audiokernels.dilated_conv_update import dilated_conv_update
+from audiokernels.haar_dwt import haar_dwt, haar_idwt
+from audiokernels.haar_levels import haar_levels
+from audiokernels.haar_pool import haar_pool, haar_pool_
+from audiokernels.haar_pool_update import haar_pool_state, haar_pool_update
 from audiokernels.philox import philox_uniform
 from audiokernels.wavenet_generate import wavenet_generate, wavenet_position, wavenet_state
 from audiokernels.wavenet_pack import WaveNetPack, WaveNetShape, wavenet_pack, wavenet_unpack
@@ -21,6 +25,13 @@ __all__ = [
     "causal_attention_decode",
     "dilated_conv_update",
     "explain",
+    "haar_dwt",
+    "haar_idwt",
+    "haar_levels",
+    "haar_pool",
+    "haar_pool_",
+    "haar_pool_state",
+    "haar_pool_update",
     "kv_cache_update",
     "philox_uniform",
     "wavenet_generate",

@@ -4,8 +4,6 @@
 // weighted values (online softmax; Milakov and Gimelshein 2018, Dao et al. 2022). Scores are powers of 2: log2(e) lies
 // in the queries. The reference of a query, which is taken from its scores before the exponential, is its score with
 // itself; it moves only when scores exceed it so far that a tile's sum shows it, which keeps the result exact.
-#include <math.h>
-
 #include "causal_attention_tile.h"
 
 namespace audiokernels {
@@ -139,7 +137,7 @@ static void close_block(const Block& block, const Place& at, float* rows) {
   for (int64_t i = 0; i < at.count; i++) {
     const double reference = double(block.reference[i / kLanes][i % kLanes]);
     const double total = double(block.total[i / kLanes][i % kLanes]);
-    lse[i] = float((reference + log2(total)) * 0.6931471805599453);
+    lse[i] = float((reference + __builtin_log2(total)) * 0.6931471805599453);
   }
 }
 

@@ -1,0 +1,111 @@
+"""What the Triton kernels of the Haar ops share: launches, runs of levels as arguments, tiles of time and channels."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_RUNS = 16
+WHOLE = 63
+"""What kernels take for level -1."""
+BLOCK_C = {2: 64, 4: 32}
+"""{bytes of an element: channels of a tile}: rows of 128 bytes."""
+
+
+class Launch(NamedTuple):
+    """A kernel with all that a launch takes, so that tests can look at it, change it and compile it without a GPU."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+    def run(self, like: Tensor) -> None:
+        """On the device and the current stream of `like`."""
+        with torch.cuda.device_of(like):
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+
+class Part(NamedTuple):
+    """Neighbouring channels in at most MAX_RUNS runs, (level, first channel, count): what one launch serves."""
+
+    channels: slice
+    runs: list[tuple[int, int, int]]
+
+
+def parts(runs: Sequence[int]) -> Iterator[Part]:
+    """Runs as in haar_levels.py, without empty ones, in parts; within a part channels are counted from its first."""
+    first, members = 0, []
+    for level, count in zip(runs[::2], runs[1::2], strict=True):
+        if count and len(members) == MAX_RUNS:
+            yield Part(slice(first, first + width(members)), members)
+            first, members = first + width(members), []
+        if count:
+            members.append((level, width(members), count))
+    if members:
+        yield Part(slice(first, first + width(members)), members)
+
+
+def width(runs: list[tuple[int, int, int]]) -> int:
+    """Channels of a part's runs."""
+    return sum(count for _, _, count in runs)
+
+
+def encoded(runs: list[tuple[int, int, int]]) -> tuple[int, ...]:
+    """Runs as MAX_RUNS arguments, all odd and beyond 2^32: for Triton, which compiles anew for other kinds of numbers,
+    they all look the same."""
+    codes = [(level if level >= 0 else WHOLE, first) for level, first, _ in runs]
+    codes += [(0, 1 << 50)] * (MAX_RUNS - len(codes))  # of no channel
+    return tuple(1 << 60 | first << 8 | level << 1 | 1 for level, first in codes)
+
+
+def strides(prefix: str, x: Tensor) -> dict[str, int]:
+    """x's strides as arguments of a kernel."""
+    return dict(zip((f"{prefix}_batch", f"{prefix}_row", f"{prefix}_dim"), x.stride(), strict=True))
+
+
+def is_wide(rows: int, *tensors: Tensor) -> bool:
+    """Whether a tile of `rows` rows of one of them may span 2^31 elements."""
+    return any(rows * abs(x.stride(1)) + BLOCK_C[2] * abs(x.stride(2)) >= 1 << 31 for x in tensors)
+
+
+def log2_tile(seqlen: int, largest: int) -> int:
+    """log2 of the steps of a tile: no larger than the sequence asks for."""
+    return min(largest, max(4, (seqlen - 1).bit_length()))
+
+
+@triton.jit
+def first_channel(code):
+    """Of an encoded run."""
+    return (code & 0x0FFFFFFFFFFFFFFF) >> 8
+
+
+@triton.jit
+def level_of(code):
+    """Of an encoded run."""
+    return ((code >> 1) & 127).to(tl.int32)
+
+
+@triton.jit
+def levels_of(c, dim, runs):
+    """The level of each channel, 0 past the last."""
+    level = tl.zeros_like(c).to(tl.int32)
+    for i in tl.static_range(16):
+        level = tl.where(c >= first_channel(runs[i]), level_of(runs[i]), level)
+    return tl.where(c < dim, level, 0)
+
+
+@triton.jit
+def pair_sums(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of neighbouring pairs of rows of (ROWS, COLUMNS)."""
+    return tl.sum(tl.reshape(x, [ROWS // 2, 2, COLUMNS]), axis=1)
+
+
+@triton.jit
+def twice(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Every row of (ROWS, COLUMNS) twice."""
+    return tl.reshape(tl.broadcast_to(x[:, None, :], [ROWS, 2, COLUMNS]), [2 * ROWS, COLUMNS])
