@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from audiokernels._triton import Launch
 from audiokernels.causal_attention import causal_attention_backward_ref, output_like
 from audiokernels.causal_attention_plan import (
     REFERENCE,
@@ -27,7 +28,6 @@ from audiokernels.causal_attention_plan import (
 )
 from audiokernels.causal_attention_triton import (
     LOG2_E,
-    Launch,
     finite,
     interpreted,
     is_wide,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from audiokernels._triton import Launch
 from audiokernels.causal_attention import output_like
 from audiokernels.causal_attention_decode import causal_attention_decode_ref, kv_cache_update_ref
 from audiokernels.causal_attention_plan import (
@@ -24,7 +25,6 @@ from audiokernels.causal_attention_plan import (
 )
 from audiokernels.causal_attention_triton import (
     LOG2_E,
-    Launch,
     add_not_finite,
     finite,
     interpreted,

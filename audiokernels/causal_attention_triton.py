@@ -15,13 +15,11 @@ A value that is not finite reaches only the queries that see it, also within a t
 Compiled for sm_80 to sm_120 and run through Triton's interpreter; not yet run on a GPU.
 """
 
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from audiokernels._triton import Launch
 from audiokernels.causal_attention import causal_attention_ref, lse_like, output_like
 from audiokernels.causal_attention_plan import REFERENCE, Plan, Tile, causal_attention_plan, device_facts
 
@@ -306,21 +304,6 @@ def forward_kernel(
 
 
 # ---- launching
-
-
-class Launch(NamedTuple):
-    """A kernel with all that a launch takes, so that tests can look at it, change it and compile it without a GPU."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    options: dict[str, int]
-
-    def run(self, like: Tensor) -> None:
-        """On the device and the current stream of `like`."""
-        with torch.cuda.device_of(like):
-            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 def strides(prefix: str, x: Tensor) -> dict[str, int]:

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from audiokernels._triton import Launch
 from audiokernels.haar_dwt import haar_dwt_ref, haar_idwt_ref
-from audiokernels.haar_tiles import BLOCK_C, Launch, strides
+from audiokernels.haar_tiles import BLOCK_C, strides
 
 LOG_TILE = 8
 LOG_INNER = 3

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from audiokernels._triton import Launch
 from audiokernels.haar_pool import haar_pool__ref, haar_pool_ref
 from audiokernels.haar_pool_update import haar_pool_update_ref, state_slots
 from audiokernels.haar_tiles import (
-    Launch,
     Part,
     encoded,
     first_channel,

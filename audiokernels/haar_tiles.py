@@ -1,9 +1,8 @@
-"""What the Triton kernels of the Haar ops share: launches, runs of levels as arguments, tiles of time and channels."""
+"""What the Triton kernels of the Haar ops share: runs of levels as arguments, tiles of time and channels."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,21 +12,6 @@ WHOLE = 63
 """What kernels take for level -1."""
 BLOCK_C = {2: 64, 4: 32}
 """{bytes of an element: channels of a tile}: rows of 128 bytes."""
-
-
-class Launch(NamedTuple):
-    """A kernel with all that a launch takes, so that tests can look at it, change it and compile it without a GPU."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    options: dict[str, int]
-
-    def run(self, like: Tensor) -> None:
-        """On the device and the current stream of `like`."""
-        with torch.cuda.device_of(like):
-            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 class Part(NamedTuple):
