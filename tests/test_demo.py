@@ -226,3 +226,10 @@ def test_panels_draw(tmp_path):
     plots.bars(axis, {"a": 3.0, "b": 1.0}, "unit", log=True)
     assert [bar.get_width() for bar in axis.patches] == [3.0, 1.0]
     fig.savefig(tmp_path / "x.png")
+
+
+def test_the_median_stream_is_written():
+    time = torch.arange(1000) / 50
+    streams = torch.stack([gain * time.sin() for gain in (0.5, 0.01, 0.2, 0.3, 0.1)])
+    assert torch.equal(demo.median_stream(streams), streams[2])
+    assert torch.equal(demo.median_stream(streams[:1]), streams[0])
