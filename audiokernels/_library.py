@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -42,8 +43,12 @@ def triton_launcher(op: str, module: str, check: Callable[..., None]) -> None:
     if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
         return
 
+    @cache
+    def kernel() -> Callable:
+        return getattr(importlib.import_module(f"audiokernels.{module}"), op)
+
     def launch(*args, **kwargs):
         check(*args, **kwargs)
-        return getattr(importlib.import_module(f"audiokernels.{module}"), op)(*args, **kwargs)
+        return kernel()(*args, **kwargs)
 
     lib.impl(op, launch, "CUDA")
