@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from audiokernels._checks import check_dense, check_device, check_floating
 from audiokernels._library import C, lib, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.causal_attention_plan import causal_attention_backward_plan, causal_attention_plan, device_facts
@@ -279,16 +280,9 @@ def check_tensors(tensors: dict[str, tuple[Tensor, int]]) -> None:
     """{name: (tensor, number of dimensions)}: dense, of one device and one floating dtype, those of the first."""
     first, like = next((name, tensor) for name, (tensor, _) in tensors.items())
     for name, (tensor, ndim) in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.ndim != ndim:
-            raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-        if tensor.device != like.device:
-            raise ValueError(f"{name} must be on the device of {first} ({like.device}), got {tensor.device}")
-        if like.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise TypeError(f"{first} must be float32, bfloat16, float16 or float64, got {like.dtype}")
+        check_dense(name, tensor, ndim)
+        check_device(name, tensor, first, like)
+        check_floating(first, like)
         if tensor.dtype != like.dtype:
             raise TypeError(f"{name} must be {like.dtype}, the dtype of {first}, got {tensor.dtype}")
 

@@ -14,6 +14,7 @@ for every pair of a query and a key that it sees.
 import torch
 from torch import Tensor
 
+from audiokernels._checks import check_not_expanded, refuse_grad
 from audiokernels._library import lib, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.causal_attention import (
@@ -55,7 +56,7 @@ def kv_cache_update(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cach
         RuntimeError: an input requires grad while grad mode is on.
     """
     if torch.is_grad_enabled():
-        _refuse_grad("kv_cache_update", k_cache=k_cache, v_cache=v_cache, k=k, v=v)
+        refuse_grad("kv_cache_update", k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     try:
         _update_op(k_cache, v_cache, k, v, cache_seqlens)
     except (RuntimeError, TypeError, ValueError, OverflowError):
@@ -108,7 +109,7 @@ def causal_attention_decode(
         RuntimeError: an input requires grad while grad mode is on.
     """
     if torch.is_grad_enabled():
-        _refuse_grad("causal_attention_decode", q=q, k_cache=k_cache, v_cache=v_cache)
+        refuse_grad("causal_attention_decode", q=q, k_cache=k_cache, v_cache=v_cache)
     try:
         return _op(q, k_cache, v_cache, cache_seqlens, scale=scale, window=window)
     except (RuntimeError, TypeError, ValueError, OverflowError):
@@ -139,23 +140,13 @@ def causal_attention_decode_ref(
     return attend(q, k, v.where(exists[:, None, :, None], 0), scale, window, exists)[0]
 
 
-def _refuse_grad(op: str, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            raise RuntimeError(
-                f"{op} has no gradient, but {name} requires grad: call it under torch.inference_mode() or "
-                "torch.no_grad(), or detach the tensor"
-            )
-
-
 def check_update(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor) -> None:
     """Raise TypeError or ValueError for the first argument that breaks a rule of kv_cache_update."""
     check_tensors({"k_cache": (k_cache, 4), "v_cache": (v_cache, 4), "k": (k, 4), "v": (v, 4)})
     _check_caches(k_cache, v_cache)
     batch, nheads_kv, capacity, headdim = k_cache.shape
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
-            raise ValueError(f"{name} must not be an expanded view, got strides {cache.stride()}")
+        check_not_expanded(name, cache)
     if (k.shape[0], k.shape[1], k.shape[3]) != (batch, nheads_kv, headdim) or k.shape[2] > capacity:
         rule = f"({batch}, {nheads_kv}, m, {headdim}), m <= {capacity}, as k_cache has them"
         raise ValueError(f"k must have shape {rule}, got {tuple(k.shape)}")
@@ -218,13 +209,13 @@ def _check_seqlens(cache_seqlens, k_cache) -> None:
 
 def _fake_update(k_cache, v_cache, k, v, cache_seqlens):
     if torch.is_grad_enabled():
-        _refuse_grad("kv_cache_update", k_cache=k_cache, v_cache=v_cache, k=k, v=v)
+        refuse_grad("kv_cache_update", k_cache=k_cache, v_cache=v_cache, k=k, v=v)
     check_update(k_cache, v_cache, k, v, cache_seqlens)
 
 
 def _fake(q, k_cache, v_cache, cache_seqlens, *, scale=None, window=None):
     if torch.is_grad_enabled():
-        _refuse_grad("causal_attention_decode", q=q, k_cache=k_cache, v_cache=v_cache)
+        refuse_grad("causal_attention_decode", q=q, k_cache=k_cache, v_cache=v_cache)
     check_decode(q, k_cache, v_cache, cache_seqlens, scale=scale, window=window)
     return output_like(q)
 

@@ -10,6 +10,7 @@ the weights once and costs 2 * batch * dim_out * dim_in * width operations, what
 import torch
 from torch import Tensor
 
+from audiokernels._checks import check_dense, check_device, check_floating, check_not_expanded, refuse_grad
 from audiokernels._library import C, lib
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 
@@ -44,7 +45,7 @@ def dilated_conv_update(
         RuntimeError: an input requires grad while grad mode is on.
     """
     if torch.is_grad_enabled():
-        _refuse_grad(x, conv_state, weight, bias)
+        refuse_grad("dilated_conv_update", x=x, conv_state=conv_state, weight=weight, bias=bias)
     try:
         return _op(x, conv_state, weight, bias, position, dilation=dilation)
     except (RuntimeError, TypeError, ValueError, OverflowError):
@@ -72,31 +73,15 @@ def dilated_conv_update_ref(
     return out.to(x.dtype)
 
 
-def _refuse_grad(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("x", x), ("conv_state", conv_state), ("weight", weight), ("bias", bias)):
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            raise RuntimeError(
-                f"dilated_conv_update has no gradient, but {name} requires grad: call it under torch.inference_mode() "
-                "or torch.no_grad(), or detach the tensor"
-            )
-
-
 def _check(x, conv_state, weight, bias, position, dilation) -> None:
     """Raise TypeError or ValueError for the first argument that breaks a rule of dilated_conv_update."""
     tensors = {"x": (x, 2), "conv_state": (conv_state, 3), "weight": (weight, 3), "position": (position, 1)}
     if bias is not None:
         tensors["bias"] = (bias, 1)
     for name, (tensor, ndim) in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.ndim != ndim:
-            raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x ({x.device}), got {tensor.device}")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+        check_dense(name, tensor, ndim)
+        check_device(name, tensor, "x", x)
+    check_floating("x", x)
     for name, (tensor, _) in tensors.items():
         expected = torch.int32 if name == "position" else x.dtype
         if tensor.dtype != expected:
@@ -119,15 +104,14 @@ def _check(x, conv_state, weight, bias, position, dilation) -> None:
     for name, (tensor, expected, rule) in shapes.items():
         if tensor is not None and tuple(tensor.shape) != expected:
             raise ValueError(f"{name} must have shape {rule} = {expected}, got {tuple(tensor.shape)}")
-    if any(stride == 0 and size > 1 for stride, size in zip(conv_state.stride(), conv_state.shape, strict=True)):
-        raise ValueError(f"conv_state must not be an expanded view, got strides {conv_state.stride()}")
+    check_not_expanded("conv_state", conv_state)
     if type(position) is Tensor and position.device.type == "cpu" and batch > 0 and int(position.min()) < 0:
         raise ValueError(f"position must be >= 0, got {int(position.min())}")
 
 
 def _fake(x, conv_state, weight, bias, position, *, dilation):
     if torch.is_grad_enabled():
-        _refuse_grad(x, conv_state, weight, bias)
+        refuse_grad("dilated_conv_update", x=x, conv_state=conv_state, weight=weight, bias=bias)
     _check(x, conv_state, weight, bias, position, dilation)
     return x.new_empty(x.shape[0], weight.shape[0])
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from audiokernels._checks import check_dense, check_floating, check_not_expanded
 from audiokernels._library import C, lib, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.haar_levels import check_runs, level_runs
@@ -160,14 +161,8 @@ def options(mode: str, norm: str) -> tuple[bool, bool]:
 
 def check_input(x: Tensor, ndim: int, name: str = "x") -> None:
     """Raise TypeError or ValueError if x is no dense floating-point tensor of `ndim` dimensions."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(x.shape)}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    check_dense(name, x, ndim)
+    check_floating(name, x)
 
 
 def _check(x, runs, *, causal=False, count=False, adjoint=False) -> None:
@@ -177,8 +172,7 @@ def _check(x, runs, *, causal=False, count=False, adjoint=False) -> None:
 
 def _check_(x, runs, *, causal=False, count=False) -> None:
     _check(x, runs)
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(f"x must not be an expanded view, got strides {x.stride()}")
+    check_not_expanded("x", x)
 
 
 def _refuse_grad(x: Tensor) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from audiokernels._checks import check_device, check_not_expanded, refuse_grad
 from audiokernels._library import lib, triton_launcher
 from audiokernels.backends import Explanation, describe
 from audiokernels.haar_levels import check_runs, level_runs
@@ -84,7 +85,7 @@ def haar_pool_update(
     runs = level_runs(levels, x.shape[1], seqlen)
     seqlen = 0 if seqlen is None else seqlen
     if torch.is_grad_enabled():
-        _refuse_grad(x, state)
+        refuse_grad("haar_pool_update", x=x, state=state)
     try:
         return _op(x, state, position, runs, count=count, seqlen=seqlen)
     except (RuntimeError, TypeError, ValueError, OverflowError):
@@ -146,15 +147,6 @@ def _rows(level: int) -> int:
 # ---- checks and registrations
 
 
-def _refuse_grad(x: Tensor, state: Tensor) -> None:
-    for name, tensor in (("x", x), ("state", state)):
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            raise RuntimeError(
-                f"haar_pool_update has no gradient, but {name} requires grad: call it under torch.inference_mode() or "
-                "torch.no_grad(), or detach the tensor"
-            )
-
-
 def _check(x, state, position, runs, *, count=False, seqlen=0) -> None:
     """Raise TypeError or ValueError for the first argument that breaks a rule of haar_pool_update."""
     check_input(x, 2)
@@ -165,8 +157,7 @@ def _check(x, state, position, runs, *, count=False, seqlen=0) -> None:
     if position.dtype != torch.int32:
         raise TypeError(f"position must be int32, got {position.dtype}")
     for name, tensor in (("state", state), ("position", position)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x ({x.device}), got {tensor.device}")
+        check_device(name, tensor, "x", x)
     dtype = torch.promote_types(x.dtype, torch.float32)
     if state.dtype != dtype:
         raise TypeError(f"state must be {dtype} for x of {x.dtype}, got {state.dtype}")
@@ -177,8 +168,7 @@ def _check(x, state, position, runs, *, count=False, seqlen=0) -> None:
     for name, (tensor, shape, rule) in shapes.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {rule} = {shape}, got {tuple(tensor.shape)}")
-    if any(stride == 0 and size > 1 for stride, size in zip(state.stride(), state.shape, strict=True)):
-        raise ValueError(f"state must not be an expanded view, got strides {state.stride()}")
+    check_not_expanded("state", state)
     if isinstance(seqlen, bool) or not isinstance(seqlen, (int, torch.SymInt)):
         raise TypeError(f"seqlen must be an integer or None, got {type(seqlen).__name__}")
     if seqlen < 0:
@@ -191,7 +181,7 @@ def _check(x, state, position, runs, *, count=False, seqlen=0) -> None:
 
 def _fake(x, state, position, runs, *, count=False, seqlen=0):
     if torch.is_grad_enabled():
-        _refuse_grad(x, state)
+        refuse_grad("haar_pool_update", x=x, state=state)
     _check(x, state, position, runs, count=count, seqlen=seqlen)
     return x.new_empty(x.shape)
 

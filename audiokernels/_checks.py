@@ -1,0 +1,44 @@
+"""Checks that rooms share: each names the argument, the rule and what came."""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_dense(name: str, tensor: Tensor, ndim: int) -> None:
+    """Raise TypeError or ValueError unless it is a strided tensor of `ndim` dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless its dtype is one that the ops take."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise ValueError unless both are on one device."""
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on the device of {like_name} ({like.device}), got {tensor.device}")
+
+
+def check_not_expanded(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if elements share memory: what is written in place must have its own."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ValueError(f"{name} must not be an expanded view, got strides {tensor.stride()}")
+
+
+def refuse_grad(op: str, **tensors: Tensor | None) -> None:
+    """Raise RuntimeError if one of them requires grad, for an op without a gradient."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise RuntimeError(
+                f"{op} has no gradient, but {name} requires grad: call it under torch.inference_mode() or "
+                "torch.no_grad(), or detach the tensor"
+            )
