@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from instruction_sets import UNCOMPILED, in_use, instruction_sets
 from torch.nn import functional as F
 
 from audiokernels import causal_attention
 from audiokernels._library import C
-from audiokernels.backends import implementation
 from audiokernels.causal_attention import causal_attention_backward_ref, causal_attention_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -15,8 +15,8 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 def kernels(op):
     """What can serve `op` here: the reference, the compiled kernel in each instruction set, the GPU's kernel."""
-    compiled = implementation(op, "cpu").startswith("C++")
-    return ["reference", *(C.supported_isas() if compiled else []), *(["cuda"] if torch.cuda.is_available() else [])]
+    compiled = [name for name in instruction_sets(op) if name not in UNCOMPILED]
+    return ["reference", *compiled, *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def main_kernels(op):
@@ -54,15 +54,10 @@ class Kernel:
         return causal_attention(q, k, v, scale=scale, window=window, return_lse=True)
 
 
-def in_turn(name):
-    """For a fixture: the kernel, with the instruction set of that name in use."""
-    if name in ("reference", "cuda"):
-        yield Kernel(name)
-        return
-    before = C.isa()
-    C.set_isa(name)
-    yield Kernel(name)
-    C.set_isa(before)
+def in_turn(name, kernel=Kernel):
+    """For a fixture: kernel(name), with the instruction set of that name in use."""
+    with in_use(name):
+        yield kernel(name)
 
 
 def make(size, dtype=torch.float32, device="cpu", *, scale=1.0, seed=0, grad=False):

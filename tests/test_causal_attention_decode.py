@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from attention_cases import DTYPES, Errors, dense, gpu, kernels, main_kernels, make, plain
+from attention_cases import DTYPES, Errors, dense, gpu, in_turn, kernels, main_kernels, make, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,24 +29,14 @@ class Kernel:
         self.update = kv_cache_update_ref if reference else kv_cache_update
 
 
-def in_turn(name):
-    if name in ("reference", "cuda"):
-        yield Kernel(name)
-        return
-    before = C.isa()
-    C.set_isa(name)
-    yield Kernel(name)
-    C.set_isa(before)
-
-
 @pytest.fixture(params=main_kernels("causal_attention_decode"))
 def kernel(request):
-    yield from in_turn(request.param)
+    yield from in_turn(request.param, Kernel)
 
 
 @pytest.fixture(params=KERNELS)
 def every_kernel(request):
-    yield from in_turn(request.param)
+    yield from in_turn(request.param, Kernel)
 
 
 def caches(k, capacity, fill=float("nan")):
@@ -129,7 +119,7 @@ def test_values(kernel, dtype, scaled):
 def test_any_shape(heads, m, window, spare, headdim, positions, dtype, name):
     batch, group, nheads_kv = heads
     capacity = window + m - 1 + spare
-    for kernel in in_turn(name):
+    for kernel in in_turn(name, Kernel):
         q, k, v = make((batch, group * nheads_kv, nheads_kv, m, m, headdim), dtype, kernel.device)
         g = torch.Generator().manual_seed(3)
         rings = [torch.randn(batch, nheads_kv, capacity, headdim, generator=g).to(k) for _ in range(2)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import in_use, instruction_sets
 from torch.nn import functional as F
 
 from audiokernels import backends, dilated_conv_update, explain
@@ -14,7 +15,7 @@ from audiokernels.dilated_conv_update import dilated_conv_update_ref
 
 OP = torch.ops.audiokernels.dilated_conv_update.default
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-ISAS = C.supported_isas() if C else ["reference"]
+ISAS = instruction_sets("dilated_conv_update")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 SIZES = [  # batch, dim_in, dim_out, width, dilation
@@ -36,13 +37,8 @@ def assert_same(out, expected):
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Every instruction set that this processor has, each in turn."""
-    if C is None:
-        yield request.param
-        return
-    before = C.isa()
-    C.set_isa(request.param)
-    yield request.param
-    C.set_isa(before)
+    with in_use(request.param) as name:
+        yield name
 
 
 def make(batch, dim_in, dim_out, width, dilation, dtype=torch.float32, device="cpu", seed=0):
@@ -224,10 +220,7 @@ def test_reference_agrees(dtype, device):
     isa_name=st.sampled_from(ISAS),
 )
 def test_any_shape(size, dtype, position, isa_name):
-    before = C.isa() if C else ""
-    if C:
-        C.set_isa(isa_name)
-    try:
+    with in_use(isa_name):
         args = make(*size, dtype, seed=position % 1000)
         args["position"].fill_(position)
         expected, after = conv1d_step(args, torch.float64)
@@ -236,9 +229,6 @@ def test_any_shape(size, dtype, position, isa_name):
         out = dilated_conv_update(**args)
         assert float((out.double() - expected).abs().max()) <= 2 * torch.finfo(dtype).eps * scale
         assert torch.equal(args["conv_state"], after)
-    finally:
-        if C:
-            C.set_isa(before)
 
 
 # ---- torch's own machinery

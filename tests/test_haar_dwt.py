@@ -7,17 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import UNCOMPILED, in_use, instruction_sets
 
 from audiokernels import explain, haar_dwt, haar_idwt, haar_pool
 from audiokernels._library import C
-from audiokernels.backends import REFERENCE, implementation
+from audiokernels.backends import REFERENCE
 from audiokernels.haar_dwt import haar_dwt_ref, haar_idwt_ref
 
 DWT = torch.ops.audiokernels.haar_dwt.default
 IDWT = torch.ops.audiokernels.haar_idwt.default
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-COMPILED = C is not None and not implementation("haar_dwt", "cpu").startswith(REFERENCE)
-ISAS = C.supported_isas() if COMPILED else ["reference"]
+ISAS = instruction_sets("haar_dwt")
+COMPILED = ISAS != UNCOMPILED
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 CASES = [(1, 1, 1, 0), (2, 1, 3, 2), (1, 63, 5, 1), (3, 100, 7, 3), (2, 1000, 4, 5), (1, 1031, 9, 10), (2, 64, 33, 6)]
@@ -28,13 +29,8 @@ pads = pytest.mark.parametrize("pad", ["zero", "edge"])
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Every instruction set that this processor has, each in turn."""
-    if not COMPILED:
-        yield request.param
-        return
-    before = C.isa()
-    C.set_isa(request.param)
-    yield request.param
-    C.set_isa(before)
+    with in_use(request.param) as name:
+        yield name
 
 
 def make(case, dtype=torch.float32, device="cpu", seed=0):
@@ -193,10 +189,7 @@ def test_result_memory_is_fully_written():
     isa_name=st.sampled_from(ISAS),
 )
 def test_any_shape(batch, seqlen, dim, n_levels, dtype, pad, isa_name):
-    before = C.isa() if COMPILED else ""
-    if COMPILED:
-        C.set_isa(isa_name)
-    try:
+    with in_use(isa_name):
         x = make((batch, seqlen, dim), dtype, seed=seqlen)
         out = haar_dwt(x, n_levels, pad=pad)
         want = haar_dwt_ref(x.double(), n_levels, edge=pad == "edge")
@@ -204,9 +197,6 @@ def test_any_shape(batch, seqlen, dim, n_levels, dtype, pad, isa_name):
         want = haar_idwt_ref(out.double(), n_levels, seqlen=seqlen)
         back = haar_idwt(out, n_levels, seqlen=seqlen).double()
         assert float((back - want).abs().max()) <= tolerance(dtype, 2 * float(out.double().abs().max()))
-    finally:
-        if COMPILED:
-            C.set_isa(before)
 
 
 # ---- torch's own machinery

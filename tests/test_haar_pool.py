@@ -6,18 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import UNCOMPILED, in_use, instruction_sets
 
 from audiokernels import explain, haar_levels, haar_pool, haar_pool_
 from audiokernels._library import C
-from audiokernels.backends import REFERENCE, implementation
+from audiokernels.backends import REFERENCE
 from audiokernels.haar_levels import level_runs
 from audiokernels.haar_pool import haar_pool_ref
 
 OP = torch.ops.audiokernels.haar_pool.default
 INPLACE = torch.ops.audiokernels.haar_pool_.default
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-COMPILED = C is not None and not implementation("haar_pool", "cpu").startswith(REFERENCE)
-ISAS = C.supported_isas() if COMPILED else ["reference"]
+ISAS = instruction_sets("haar_pool")
+COMPILED = ISAS != UNCOMPILED
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 MODES = [("block", "window"), ("causal", "window"), ("causal", "count")]
@@ -37,13 +38,8 @@ CASES = [  # batch, seqlen, levels (None: the dyadic plan of so many channels)
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Every instruction set that this processor has, each in turn."""
-    if not COMPILED:
-        yield request.param
-        return
-    before = C.isa()
-    C.set_isa(request.param)
-    yield request.param
-    C.set_isa(before)
+    with in_use(request.param) as name:
+        yield name
 
 
 def plan(case):
@@ -268,10 +264,7 @@ def test_in_place_leaves_level_0_untouched():
     transposed=st.booleans(),
 )
 def test_any_shape(batch, seqlen, levels, mode, dtype, isa_name, transposed):
-    before = C.isa() if COMPILED else ""
-    if COMPILED:
-        C.set_isa(isa_name)
-    try:
+    with in_use(isa_name):
         x = make((batch, seqlen, levels), dtype, seed=seqlen)
         if transposed:
             x = x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -281,9 +274,6 @@ def test_any_shape(batch, seqlen, levels, mode, dtype, isa_name, transposed):
         assert float((out.double() - want).abs().max()) <= eps * float(x.double().abs().max())
         inplace = haar_pool_(x.clone(), levels=levels, mode=mode[0], norm=mode[1])
         assert torch.equal(inplace, out)
-    finally:
-        if COMPILED:
-            C.set_isa(before)
 
 
 # ---- gradients

@@ -7,16 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import UNCOMPILED, in_use, instruction_sets
 
 from audiokernels import explain, haar_levels, haar_pool, haar_pool_state, haar_pool_update
 from audiokernels._library import C
-from audiokernels.backends import REFERENCE, implementation
+from audiokernels.backends import REFERENCE
 from audiokernels.haar_levels import level_runs
 
 OP = torch.ops.audiokernels.haar_pool_update.default
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-COMPILED = C is not None and not implementation("haar_pool_update", "cpu").startswith(REFERENCE)
-ISAS = C.supported_isas() if COMPILED else ["reference"]
+ISAS = instruction_sets("haar_pool_update")
+COMPILED = ISAS != UNCOMPILED
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 LEVELS = (0, 0, 1, 2, 2, -1, 4, 3, 0, 5, 5, 5)
@@ -25,13 +26,8 @@ LEVELS = (0, 0, 1, 2, 2, -1, 4, 3, 0, 5, 5, 5)
 @pytest.fixture(params=ISAS)
 def isa(request):
     """Every instruction set that this processor has, each in turn."""
-    if not COMPILED:
-        yield request.param
-        return
-    before = C.isa()
-    C.set_isa(request.param)
-    yield request.param
-    C.set_isa(before)
+    with in_use(request.param) as name:
+        yield name
 
 
 def make(batch=2, levels=LEVELS, dtype=torch.float32, device="cpu"):
@@ -179,17 +175,11 @@ def test_large_positions(isa):
     isa_name=st.sampled_from(ISAS),
 )
 def test_any_shape(batch, levels, steps, norm, dtype, isa_name):
-    before = C.isa() if COMPILED else ""
-    if COMPILED:
-        C.set_isa(isa_name)
-    try:
+    with in_use(isa_name):
         x = torch.randn(batch, steps, len(levels)).to(dtype)
         full = haar_pool(x, levels=levels, mode="causal", norm=norm).double()
         error = float((stream(x, levels, norm).double() - full).abs().max())
         assert error <= bound(dtype, float(x.double().abs().max()))
-    finally:
-        if COMPILED:
-            C.set_isa(before)
 
 
 # ---- torch's own machinery
