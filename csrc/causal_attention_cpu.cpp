@@ -104,15 +104,6 @@ bool is_contiguous(const Tensor& t, std::initializer_list<int> order) {
   return true;
 }
 
-Tensor empty(const Tensor& like, int dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
-  int32_t device_type;
-  AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, like.get_device_index(), &result));
-  return Tensor(result);
-}
-
 // Uninitialised like x, as output_like in the door: memory (batch, seqlen, heads, headdim) where x lies so.
 Tensor output_like(const Tensor& x) {
   const auto at_least_1 = [&](int i) { return x.size(i) > 1 ? x.size(i) : 1; };
@@ -123,7 +114,7 @@ Tensor output_like(const Tensor& x) {
                              1};
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return empty(x, 4, sizes, strides, dtype);
+  return empty_strided(x, 4, sizes, strides, dtype);
 }
 
 Tensor lse_like(const Tensor& q) {
@@ -131,7 +122,7 @@ Tensor lse_like(const Tensor& q) {
   const int64_t sizes[] = {q.size(0), q.size(1), q.size(2)};
   const int64_t strides[] = {at_least_1(1) * at_least_1(2), at_least_1(2), 1};
   const bool float64 = q.scalar_type() == ScalarType::Double;
-  return empty(q, 3, sizes, strides, float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  return empty_strided(q, 3, sizes, strides, float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
 }
 
 // A tensor's rows as float32, its own memory where that will do; `memory` keeps a copy alive.

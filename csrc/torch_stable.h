@@ -19,16 +19,23 @@ namespace audiokernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// An uninitialised contiguous (rows, columns) tensor like `like`. torch::stable::new_empty looks its op up by name on
-// every call, which costs a step op a third of its time.
-inline Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns > 1 ? columns : 1, 1};
-  int32_t dtype, device_type;
+// An uninitialised tensor on the device of `like`. torch::stable::new_empty looks its op up by name on every call,
+// which costs a step op a third of its time.
+inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* sizes, const int64_t* strides,
+                            int32_t dtype) {
+  int32_t device_type;
   AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, like.get_device_index(), &result));
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, like.get_device_index(), &result));
   return Tensor(result);
+}
+
+// A contiguous (rows, columns) one with the dtype of `like`.
+inline Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns > 1 ? columns : 1, 1};
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty_strided(like, 2, sizes, strides, dtype);
 }
 }  // namespace audiokernels
