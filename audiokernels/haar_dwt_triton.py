@@ -14,7 +14,7 @@ from torch import Tensor
 
 from audiokernels._triton import Launch
 from audiokernels.haar_dwt import haar_dwt_ref, haar_idwt_ref
-from audiokernels.haar_tiles import BLOCK_C, strides
+from audiokernels.haar_tiles import BLOCK_C, place, strides
 
 LOG_TILE = 8
 LOG_INNER = 3
@@ -96,11 +96,8 @@ def dwt_kernel(
     LEVELS: tl.constexpr, LOG_T: tl.constexpr, LOG_R: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Level 1 to LEVELS of one tile: sums to `sums`, differences of level l to `coeffs` from row padded / 2^l on."""
-    pid = tl.program_id(0)
-    groups = tl.cdiv(dim, BLOCK)
-    c = ((pid % groups) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    k = ((pid // groups) % tiles).to(tl.int64)
-    b = (pid // groups // tiles).to(tl.int64)
+    b, k, c = place(dim, tiles, BLOCK)
+    c = c.to(tl.int64)
     x += b * x_batch
     sums += b * s_batch
     coeffs += b * c_batch
@@ -129,11 +126,8 @@ def idwt_kernel(
     LEVELS: tl.constexpr, LOG_T: tl.constexpr, LOG_R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dwt_kernel backwards: x of one tile from `sums` of level LEVELS and the differences below."""
-    pid = tl.program_id(0)
-    groups = tl.cdiv(dim, BLOCK)
-    c = ((pid % groups) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    k = ((pid // groups) % tiles).to(tl.int64)
-    b = (pid // groups // tiles).to(tl.int64)
+    b, k, c = place(dim, tiles, BLOCK)
+    c = c.to(tl.int64)
     x += b * x_batch
     sums += b * s_batch
     coeffs += b * c_batch

@@ -32,6 +32,7 @@ from audiokernels.haar_tiles import (
     log2_tile,
     pair_sums,
     parts,
+    place,
     strides,
     twice,
 )
@@ -86,12 +87,8 @@ def sums_kernel(
     LOG_T: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, ADJOINT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """sums (batch, tiles, long_count): the sum of every tile, for channels from long_first on."""
-    pid = tl.program_id(0)
-    groups = tl.cdiv(long_count, BLOCK)
-    at = (pid % groups) * BLOCK + tl.arange(0, BLOCK)
+    b, k, at = place(long_count, tiles, BLOCK)
     c = (long_first + at).to(tl.int64)
-    k = ((pid // groups) % tiles).to(tl.int64)
-    b = (pid // groups // tiles).to(tl.int64)
     level = levels_of(c, dim, runs)
     mask = ((at < long_count) & (level > LOG_T))[None, :]
     none = tl.zeros_like(c)
@@ -167,11 +164,7 @@ def block_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Means over blocks of one tile of 2^LOG_T steps and BLOCK channels."""
-    pid = tl.program_id(0)
-    groups = tl.cdiv(dim, BLOCK)
-    c = (pid % groups) * BLOCK + tl.arange(0, BLOCK)
-    k = ((pid // groups) % tiles).to(tl.int64)
-    b = (pid // groups // tiles).to(tl.int64)
+    b, k, c = place(dim, tiles, BLOCK)
     level = levels_of(c, dim, runs)
     top = tl.max(level)
     least = 1 if INPLACE else 0
@@ -219,11 +212,8 @@ def causal_kernel(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Causal windows of one tile of 2^LOG_T steps, counted in the direction of summing, and BLOCK channels."""
-    pid = tl.program_id(0)
-    groups = tl.cdiv(dim, BLOCK)
-    c = ((pid % groups) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    k = ((pid // groups) % tiles).to(tl.int64)
-    b = (pid // groups // tiles).to(tl.int64)
+    b, k, c = place(dim, tiles, BLOCK)
+    c = c.to(tl.int64)
     level = levels_of(c, dim, runs)
     top = tl.max(level)
     start = k << LOG_T

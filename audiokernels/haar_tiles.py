@@ -63,6 +63,15 @@ def log2_tile(seqlen: int, largest: int) -> int:
 
 
 @triton.jit
+def place(dim, tiles, BLOCK: tl.constexpr):
+    """(batch row, tile, channels) of this program; neighbouring programs have neighbouring channels."""
+    pid = tl.program_id(0)
+    groups = tl.cdiv(dim, BLOCK)
+    c = (pid % groups) * BLOCK + tl.arange(0, BLOCK)
+    return (pid // groups // tiles).to(tl.int64), ((pid // groups) % tiles).to(tl.int64), c
+
+
+@triton.jit
 def first_channel(code):
     """Of an encoded run."""
     return (code & 0x0FFFFFFFFFFFFFFF) >> 8
