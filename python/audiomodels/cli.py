@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 import torch
 
@@ -26,7 +26,9 @@ from audiomodels._optional import require
 from audiomodels.audio import read_audio, write_audio
 from audiomodels.data import Crops, Recordings
 from audiomodels.demo import DemoConfig, DemoError, run
+from audiomodels.generator import Generator
 from audiomodels.pretrained import ModelError
+from audiomodels.registry import GENERATORS, load
 from audiomodels.train import Scores, TrainConfig, TrainingError, evaluate, fit
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 
@@ -37,6 +39,7 @@ ModelFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL
 Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+Kind = Literal["wavenet", "sample_transformer"]  # the names of GENERATORS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -77,7 +80,9 @@ class Demo(DemoConfig):
 
 @dataclass
 class Train:
-    """Train a WaveNet: any folder of audio, a manifest.jsonl, a .npz pack of codes, or one audio file.
+    """Train a generator: any folder of audio, a manifest.jsonl, a .npz pack of codes, or one audio file.
+
+    --model names the kind; its sizes are the options --model.*, which `--model sample_transformer --help` lists.
 
     Into the folder OUT go checkpoints, log.jsonl and, at the end, `model` (for generate and evaluate), scores.json and
     report.png. The same command again goes on where it was stopped. Held out is the split "dev" of the data, or, where
@@ -86,18 +91,19 @@ class Train:
 
     data: Data  # folder, manifest.jsonl, .npz pack or audio file
     training: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    model: WaveNetConfig = dataclasses.field(default_factory=WaveNetConfig)
+    model: Kind = "wavenet"
+    sizes: Annotated[Any, tyro.conf.arg(name="model")] = None  # the kind's config; its type is set by `train_command`
     part: Name = None  # a part of the manifest, for example piano
 
     def run(self) -> None:
-        if self.model.condition_channels or self.model.n_label:
+        if self.sizes.condition_channels or self.sizes.n_label:
             raise UserError("train takes models without condition and labels; see audiomodels.fit for those")
-        head, held_out, what = splits(self.data, self.model, "dev", self.part)
+        head, held_out, what = splits(self.data, self.sizes, "dev", self.part)
         torch.manual_seed(self.training.seed)
-        model = WaveNet(self.model)
-        context = max(self.training.context, model.receptive_field)
+        model = GENERATORS[self.model](self.sizes)
+        context = max(self.training.context, model.train_context)
         config = dataclasses.replace(self.training, context=context)
-        print(f"{self.model.n_parameter:,} parameters; training on {head.seconds:.1f} s; held out: {what}")
+        print(f"{self.sizes.n_parameter:,} parameters; training on {head.seconds:.1f} s; held out: {what}")
         crops = Crops(head, batch=config.batch, length=config.length, context=context, seed=config.seed)
         history = fit(model, crops, config, valid=held_out)
         if checkpoint.distributed() and torch.distributed.get_rank() > 0:
@@ -109,7 +115,7 @@ class Train:
         (out / "scores.json").write_text(json.dumps({k: dataclasses.asdict(v) for k, v in scores.items()}, indent=2))
         fig, grid = plots.figure(12, 4.5, 1, 2)
         axis = plots.add(fig, grid[0, 0], f"training loss, {history.throughput:,.0f} samples/s")
-        plots.loss_curve(axis, history.step, history.bits, {"held out, at the end": scores["WaveNet"].bits})
+        plots.loss_curve(axis, history.step, history.bits, {"held out, at the end": scores[type(model).__name__].bits})
         axis = plots.add(fig, grid[0, 1], f"bits per sample on {what} (less is better)")
         plots.bars(axis, {name: s.bits for name, s in scores.items() if s.bits == s.bits}, "bits per sample")
         fig.savefig(out / "report.png")
@@ -137,7 +143,7 @@ class Generate:
             raise UserError(f"--batch must be 1 .. 1024, got {self.batch}")
         if self.out.suffix.lower() not in (".wav", ".flac"):
             raise UserError(f"--out must end in .wav or .flac, got {self.out}")
-        model = WaveNet.from_pretrained(self.model)
+        model = load(self.model)
         config = model.config
         if config.condition_channels or config.n_label:
             raise UserError(
@@ -178,7 +184,7 @@ class Evaluate:
     max_targets: int = 262144  # samples scored, spread evenly over the split
 
     def run(self) -> None:
-        model = WaveNet.from_pretrained(self.model)
+        model = load(self.model)
         if model.config.condition_channels:
             raise UserError(f"{self.model}: needs a condition; see audiomodels.evaluate")
         head, held_out, what = splits(self.data, model.config, self.split, self.part)
@@ -222,7 +228,20 @@ class Bench:
 COMMANDS = {"info": Info, "demo": Demo, "train": Train, "generate": Generate, "evaluate": Evaluate, "bench": Bench}
 
 
-def splits(source: Path, config: WaveNetConfig, split: str, part: str | None) -> tuple[Recordings, Recordings, str]:
+def train_command(arguments: Sequence[str]) -> type[Train]:
+    """Train with the options --model.* of the kind that the words name after --model."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    named = [word for flag, word in zip(words, words[1:], strict=False) if flag == "--model" and word in GENERATORS]
+    config = GENERATORS[named[-1] if named else "wavenet"].config_class
+    sizes = Annotated[config, tyro.conf.arg(name="model")]
+    made = dataclasses.make_dataclass(
+        "Train", [("sizes", sizes, dataclasses.field(default_factory=config))], bases=(Train,)
+    )
+    made.__doc__ = Train.__doc__
+    return made
+
+
+def splits(source: Path, config: Any, split: str, part: str | None) -> tuple[Recordings, Recordings, str]:
     """(training data, held-out data, what the latter is): by split, or by time where the data has no such splits."""
     kind = {"sample_rate": config.sample_rate, "companding": config.companding, "n_class": config.n_class, "part": part}
     if not source.exists():
@@ -233,10 +252,10 @@ def splits(source: Path, config: WaveNetConfig, split: str, part: str | None) ->
         return *Recordings.load(source, **kind).cut(0.8), "the last 20 % of each recording"
 
 
-def score(model: WaveNet, head: Recordings, held_out: Recordings, max_targets: int | None) -> dict[str, Scores]:
+def score(model: Generator, head: Recordings, held_out: Recordings, max_targets: int | None) -> dict[str, Scores]:
     """The model (with at least 4,000 samples of context) and every trivial predictor on the same targets."""
     context = max(4000, model.receptive_field)
-    scores = {"WaveNet": evaluate(model, held_out, context=context, max_targets=max_targets)}
+    scores = {type(model).__name__: evaluate(model, held_out, context=context, max_targets=max_targets)}
     return scores | predictors.all_rows(head, held_out, max_targets=max_targets)
 
 
@@ -251,14 +270,15 @@ def table(scores: dict[str, Scores]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the words (default: those of the process) ask for; always ends in SystemExit."""
-    commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
+    kinds = {**COMMANDS, "train": train_command(sys.argv[1:] if arguments is None else arguments)}
+    commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())
     logging.basicConfig(format="audiokernels: %(message)s")
     warnings.showwarning = lambda message, *_: print(f"audiokernels: {message}", file=sys.stderr)
     try:
         command = tyro.cli(
             Union[commands],  # noqa: UP007 (a tuple)
             prog="audiokernels",
-            description="Raw-audio WaveNets: train, generate, evaluate, on the fused kernels of audiokernels.",
+            description="Raw-audio generators: train, generate, evaluate, on the fused kernels of audiokernels.",
             args=arguments,
         )
         raise SystemExit(command.run() or 0)
