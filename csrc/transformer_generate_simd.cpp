@@ -2,7 +2,7 @@
 //
 // Keys lie in the lanes when scores are made, channels when values are summed: no sum runs over the lanes, and every
 // sum has one order, whatever their count. At batch 1 a step is bound by reading the cache and the weights.
-#include <math.h>
+#include <cmath>
 
 #include "packed_product.h"
 #include "transformer_generate.h"
