@@ -41,7 +41,7 @@ import audiokernels
 
 CODE = (".py", ".pyi", ".cpp", ".h", ".cu", ".txt", ".sh", ".md", ".toml")
 SHARED = {"philox", "backends"}  # modules of audiokernels that belong to no room, beside those with an underscore
-SHARED_HEADERS = {"isa.h", "simd.h", "torch_stable.h", "cuda_stream.h"}
+SHARED_HEADERS = {"isa.h", "simd.h", "torch_stable.h", "cuda_stream.h", "ptx.h", "ptx_on_host.h"}
 OPTIONAL_HELPERS = {f"{OPS}_library.py", f"{MODELS}_optional.py", "benchmarks/common.py"}
 TORCHRUN = {"WORLD_SIZE", "RANK", "LOCAL_RANK"}  # it tells its processes nothing in another way
 BUILD_VARIABLES = {"AUDIOKERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "DEBUG"} | {"CXX", "CUDACXX", "CUDA_HOME", "PATH"}
@@ -168,7 +168,8 @@ def gpu_tests_and_benchmarks_need_what_a_gpu_machine_has(files):
     doors = {f"tests/test_{Path(path).stem}.py" for path in files if path.startswith(OPS)}
     for path, tree in python(files, "benchmarks/", "tests/"):
         if path.startswith("benchmarks/") or path in doors:
-            beside = {Path(other).stem for other in files if Path(other).parent == Path(path).parent}
+            packages = [Path(other).parent for other in files if other.endswith("/__init__.py")]
+            beside = {other.stem for other in [*map(Path, files), *packages] if other.parent == Path(path).parent}
             top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
             for line, module, _ in imports(path, top):
                 if (root := module.split(".")[0]) not in {*sys.stdlib_module_names, *there, *beside}:
