@@ -11,7 +11,7 @@ so that one pass over memory computes one sample and no horizontal sum is ever n
 
     matrix      bias float32 (rows16), then
                 float32:  (taps, K, rows16)
-                bfloat16: (taps, K / 2, rows16, 2)       K padded to even
+                float16, bfloat16: (taps, K / 2, rows16, 2)      K padded to even
                 int8:     scale float32 (taps, rows16), offset int32 (taps, rows16), (taps, K / 4, rows16, 4)
                           K padded to a multiple of 4; offset = -128 * sum of the row, for kernels that feed
                           the activations as unsigned bytes
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 LANES = 16
-DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-GROUP = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs that lie side by side in one 32-bit lane
+DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float16)
+GROUP = {dtype: 4 // dtype.itemsize for dtype in DTYPES}  # inputs that lie side by side in one 32-bit lane
 MAX_INPUTS = 65536  # 255 * 127 * inputs stays below 2^31
 
 
@@ -163,7 +163,7 @@ def wavenet_pack(
             skip_weight (n_layer, S, H), skip_bias (n_layer, S),
             head_weight (D, S), head_bias (D,), out_weight (n_class, D), out_bias (n_class,).
         dilations: one integer >= 1 a layer, in order.
-        dtype: torch.float32, torch.bfloat16, or torch.int8 (one scale a row and tap; activations are quantised per
+        dtype: torch.float32, float16, bfloat16, or int8 (one scale a row and tap; activations are quantised per
             vector at run time, sums are exact in int32). Embedding, biases and condition weights stay float32.
         hop: samples that one frame of the condition lasts.
 
@@ -237,7 +237,7 @@ def wavenet_unpack(data: Tensor, shape: WaveNetShape) -> dict[str, Tensor]:
 def _shape_of(weights: Mapping[str, Tensor], dilations: Sequence[int], dtype: torch.dtype, hop: int) -> WaveNetShape:
     """Check wavenet_pack's arguments and read the sizes off them."""
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.int8, got {dtype}")
+        raise ValueError(f"dtype must be torch.float32, float16, bfloat16 or int8, got {dtype}")
     if not isinstance(hop, int) or hop < 1:
         raise ValueError(f"hop must be an integer >= 1, got {hop!r}")
     dilations = tuple(dilations)

@@ -7,7 +7,7 @@
 
 namespace audiokernels {
 
-enum WaveNetDtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+enum WaveNetDtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kFloat16 = 3 };
 
 constexpr int64_t kRowLanes = 16;     // outputs are padded to this
 constexpr int64_t kStateHeader = 16;  // floats: position % 2^20, position / 2^20, last code, unused
@@ -24,6 +24,7 @@ struct WaveNetShape {
   const int64_t* dilations;
   int64_t n_layer;
 
+  int64_t group() const;  // inputs in one 32-bit lane
   int64_t residual_rows() const;
   int64_t gate_rows() const;  // tanh half | sigmoid half
   int64_t skip_rows() const;

@@ -20,6 +20,7 @@ constexpr int64_t kShapeInts = 9;      // before the dilations
 constexpr int64_t kMaxRingSlots = int64_t{1} << 30;
 }  // namespace
 
+int64_t WaveNetShape::group() const { return dtype == kFloat32 ? 1 : dtype == kInt8 ? 4 : 2; }
 int64_t WaveNetShape::residual_rows() const { return pad_lanes(residual); }
 int64_t WaveNetShape::gate_rows() const { return 2 * pad_lanes(hidden); }
 int64_t WaveNetShape::skip_rows() const { return pad_lanes(skip); }
@@ -27,9 +28,8 @@ int64_t WaveNetShape::mix_rows(int64_t layer) const {
   return skip_rows() + (layer + 1 < n_layer ? residual_rows() : 0);
 }
 int64_t WaveNetShape::matrix_bytes(int64_t rows, int64_t taps, int64_t inputs) const {
-  const int64_t group = int64_t{1} << dtype;  // inputs in one 32-bit lane: 1, 2, 4
   const int64_t scales = dtype == kInt8 ? 8 * taps * rows : 0;
-  return 4 * rows + scales + taps * ((inputs + group - 1) / group) * rows * 4;
+  return 4 * rows + scales + taps * ((inputs + group() - 1) / group()) * rows * 4;
 }
 int64_t WaveNetShape::table_bytes() const {
   return 4 * (n_class * residual_rows() + n_layer * condition * gate_rows());
@@ -62,7 +62,7 @@ WaveNetShape wavenet_shape(const int64_t* ints, int64_t count) {
   require(count > kShapeInts, "nine sizes, then one dilation a layer");
   const WaveNetShape s{ints[0], ints[1], ints[2], ints[3],           ints[4],           ints[5],
                        ints[6], ints[7], ints[8], ints + kShapeInts, count - kShapeInts};
-  require(s.dtype >= kFloat32 && s.dtype <= kInt8, "dtype must be 0, 1 or 2");
+  require(s.dtype >= kFloat32 && s.dtype <= kFloat16, "dtype must be 0 .. 3");
   for (int64_t size : {s.residual, s.hidden, s.skip, s.head, s.width})
     require(size >= 1 && size <= kMaxInputs, "channels and width must be 1 .. 65536");
   require(s.n_class >= 2 && s.n_class <= 32768, "n_class must be 2 .. 32768");

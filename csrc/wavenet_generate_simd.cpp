@@ -35,7 +35,7 @@ static Matrix read_matrix(const WaveNetShape& s, const uint8_t*& p, int64_t rows
   Matrix m{};
   const uint8_t* end = p + s.matrix_bytes(rows, taps, inputs);
   m.rows = rows, m.taps = taps, m.tap_stride = pad_lanes(inputs);
-  const int64_t group = int64_t{1} << s.dtype;
+  const int64_t group = s.dtype == kFloat32 ? 1 : s.dtype == kInt8 ? 4 : 2;
   m.steps = (inputs + group - 1) / group;
   m.bias = reinterpret_cast<const float*>(p);
   p += 4 * rows;
@@ -296,6 +296,7 @@ void wavenet_run(const WaveNetJob& job) {
   if (s.dtype == kFloat32) run<DotFloat32>(net);
   if (s.dtype == kBFloat16) run<DotBFloat16>(net);
   if (s.dtype == kInt8) run<DotInt8>(net);
+  if (s.dtype == kFloat16) run<DotFloat16>(net);
 }
 
 }  // namespace AUDIOKERNELS_ISA
