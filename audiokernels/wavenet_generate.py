@@ -15,12 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from audiokernels._library import C, C_error, lib
-from audiokernels.backends import REFERENCE, Explanation, describe
+from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.wavenet_pack import LANES, WaveNetPack, WaveNetShape, round_up, wavenet_unpack
+from audiokernels.wavenet_plan import WaveNetPlan, gpu_facts, wavenet_generate_plan
 
 lib.define(
     "wavenet_generate(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
     "Tensor? condition, float temperature, bool return_logits) -> (Tensor, Tensor)"
+)
+lib.define(  # the kernels for GPUs; plan: streams a block, shared bytes a block
+    "_wavenet_generate_cuda(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
+    "Tensor? condition, float temperature, bool return_logits, SymInt[] plan) -> (Tensor, Tensor)"
 )
 
 HEADER = 16  # floats before the rings: position % 2^20, position // 2^20, last code, unused
@@ -80,15 +85,17 @@ def wavenet_generate(
             m = n.
         condition: float32 (batch, frames, condition_channels), raw; frame i holds for samples i * hop ..
             (i + 1) * hop - 1 of the stream. Pass the frames that these n samples touch, the first one being that of
-            the state's position.
+            the state's position. (On a GPU the position is not asked for: one frame too many is ignored, and where
+            one is missing, the last one holds on.)
         temperature: >= 0; logits are divided by it; 0 takes the largest logit.
         return_logits: also return the logits.
 
     Returns:
         codes (batch, n), uint8 up to 256 classes, int16 above; with return_logits also float32
         (batch, n, n_class), the logits from which codes[:, t] was drawn.
-        On one kernel the codes do not depend on chunking, batch position or threads; on the CPU in float32 and int8
-        not on the instruction set either.
+        On one kernel the codes do not depend on chunking, batch position or threads; on the CPU in all but bfloat16
+        not on the instruction set either. On a GPU the call returns before they are drawn, and numbers out of range in
+        uniforms, codes or the state, which are errors on the CPU, count as the nearest that are in it.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came; the state is unchanged then.
@@ -110,6 +117,28 @@ def wavenet_generate(
 
 def check_call(pack, state, uniforms, codes, condition, temperature) -> None:
     """Raise TypeError or ValueError for the first argument that breaks a rule of wavenet_generate."""
+    check_arguments(pack, state, uniforms, codes, condition, temperature)
+    shape, (batch, n) = pack.shape, uniforms.shape
+    if uniforms.numel() and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+        worst = uniforms[~((uniforms >= 0) & (uniforms < 1))][0].item()
+        raise ValueError(f"uniforms must be in [0, 1), got {worst}")
+    if codes is not None and codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < shape.n_class):
+        raise ValueError(f"codes must be in 0 .. {shape.n_class - 1}, got {int(codes.min())} .. {int(codes.max())}")
+    header = state[:, :3]
+    if header.numel() and not bool(((header >= 0) & (header == header.floor()) & (header < 2**24)).all()):
+        raise ValueError("state must come from wavenet_state: its header does not hold a position and a code")
+    if header.numel() and (float(header[:, 2].max()) >= shape.n_class or float(header[:, 0].max()) >= _POSITION_BASE):
+        raise ValueError(
+            f"state must belong to a pack of {shape.n_class} classes, got code {float(header[:, 2].max())}"
+        )
+    if condition is not None:
+        expected = (batch, condition_frames(shape, state, n), shape.condition)
+        if tuple(condition.shape) != expected:
+            raise ValueError(f"condition must have shape {expected} (hop {shape.hop}), got {tuple(condition.shape)}")
+
+
+def check_arguments(pack, state, uniforms, codes, condition, temperature) -> None:
+    """The part of check_call that looks at no tensor's values, and so does not wait for a GPU."""
     if not isinstance(pack, WaveNetPack):
         raise TypeError(f"pack must be a WaveNetPack, got {type(pack).__name__}")
     shape, device = pack.shape, pack.data.device
@@ -142,28 +171,11 @@ def check_call(pack, state, uniforms, codes, condition, temperature) -> None:
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
-    if uniforms.numel() and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
-        worst = uniforms[~((uniforms >= 0) & (uniforms < 1))][0].item()
-        raise ValueError(f"uniforms must be in [0, 1), got {worst}")
-    if codes is not None:
-        if codes.shape[0] != batch or codes.shape[1] > n:
-            raise ValueError(f"codes must have shape ({batch}, m <= {n}), got {tuple(codes.shape)}")
-        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < shape.n_class):
-            raise ValueError(f"codes must be in 0 .. {shape.n_class - 1}, got {int(codes.min())} .. {int(codes.max())}")
-    header = state[:, :3]
-    if header.numel() and not bool(((header >= 0) & (header == header.floor()) & (header < 2**24)).all()):
-        raise ValueError("state must come from wavenet_state: its header does not hold a position and a code")
-    if header.numel() and (float(header[:, 2].max()) >= shape.n_class or float(header[:, 0].max()) >= _POSITION_BASE):
-        raise ValueError(
-            f"state must belong to a pack of {shape.n_class} classes, got code {float(header[:, 2].max())}"
-        )
+    if codes is not None and (codes.shape[0] != batch or codes.shape[1] > n):
+        raise ValueError(f"codes must have shape ({batch}, m <= {n}), got {tuple(codes.shape)}")
     if (condition is None) != (shape.condition == 0):
         came = "None" if condition is None else f"shape {tuple(condition.shape)}"
         raise ValueError(f"condition must be given exactly for a pack with condition channels, got {came}")
-    if condition is not None:
-        expected = (batch, condition_frames(shape, state, n), shape.condition)
-        if tuple(condition.shape) != expected:
-            raise ValueError(f"condition must have shape {expected} (hop {shape.hop}), got {tuple(condition.shape)}")
 
 
 def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
@@ -241,20 +253,58 @@ def _fake(data, shape_ints, state, uniforms, codes, condition, temperature, retu
     return out, uniforms.new_empty((batch, n, shape.n_class) if return_logits else (0,))
 
 
+def _launch(data, shape_ints, state, uniforms, codes, condition, temperature, return_logits):
+    """The op on a CUDA device: the kernel that the plan names. Waits for nothing, so that a graph can capture it."""
+    shape = WaveNetShape.from_ints(shape_ints)
+    check_arguments(WaveNetPack(data, shape), state, uniforms, codes, condition, temperature)
+    batch, n = uniforms.shape
+    if condition is not None and n:
+        least, most = (n - 1) // shape.hop + 1, (n + shape.hop - 2) // shape.hop + 1  # by where in a frame it begins
+        if (condition.shape[0], condition.shape[2]) != (batch, shape.condition) or not (
+            least <= condition.shape[1] <= most
+        ):
+            expected = f"({batch}, {least} .. {most}, {shape.condition})"
+            raise ValueError(f"condition must have shape {expected} (hop {shape.hop}), got {tuple(condition.shape)}")
+    plan = _plan(shape, uniforms)
+    arguments = (data, shape_ints, state, uniforms, codes, condition, temperature, return_logits)
+    if plan.kernel == REFERENCE:
+        return wavenet_generate_ref(*arguments)
+    return _cuda_op(*arguments, [plan.streams, plan.shared_bytes])
+
+
+def _plan(shape: WaveNetShape, uniforms: Tensor) -> WaveNetPlan:
+    return wavenet_generate_plan(shape, uniforms.shape[0], gpu_facts(uniforms.device))
+
+
 def _explain(pack: WaveNetPack, state: Tensor, uniforms: Tensor, **_) -> Explanation:
     batch, n = uniforms.shape
     name = str(pack.shape.dtype).removeprefix("torch.")
+    reads = n  # of the pack
     if pack.data.device.type == "cpu" and C is not None:
         threads = min(batch, torch.get_num_threads())
         kernel = f"C++ ({C.isa()}, {name})"
         why = f"the compiled CPU kernel; {threads} thread(s), each with a part of the batch"
+    elif pack.data.device.type == "cuda" and _has_cuda_kernels():
+        plan = _plan(pack.shape, uniforms)
+        kernel = REFERENCE if plan.kernel == REFERENCE else f"{plan.kernel} ({name})"
+        why, reads = (
+            f"{plan.why}; {plan.blocks} block(s) of {plan.shared_bytes:,} shared bytes",
+            n * max(1, plan.blocks),
+        )
     else:
-        kernel, why = REFERENCE, C_error or f"no {pack.data.device.type} kernel is written for it yet"
-    work = batch * n
-    return Explanation(kernel, why, 2 * pack.shape.macs() * work, pack.data.numel() * n)
+        kernel, why = REFERENCE, C_error or implementation("wavenet_generate", pack.data.device.type)
+    return Explanation(kernel, why, 2 * pack.shape.macs() * batch * n, pack.data.numel() * reads)
+
+
+def _has_cuda_kernels() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("audiokernels::_wavenet_generate_cuda", "CUDA")
 
 
 lib.impl("wavenet_generate", wavenet_generate_ref, "CompositeExplicitAutograd")
+if _has_cuda_kernels():
+    lib.impl("wavenet_generate", _launch, "CUDA")
 torch.library.register_fake("audiokernels::wavenet_generate", _fake, lib=lib)
+torch.library.register_fake("audiokernels::_wavenet_generate_cuda", lambda *call: _fake(*call[:-1]), lib=lib)
 describe("wavenet_generate", _explain)
 _op = torch.ops.audiokernels.wavenet_generate.default
+_cuda_op = torch.ops.audiokernels._wavenet_generate_cuda.default

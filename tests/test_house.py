@@ -363,7 +363,7 @@ def haar_x_ref({NINE}): pass
 )
 def no_function_over_8_parameters(files):
     """But Triton kernels, and what takes the arguments of an op with more: that is op, op_ref and its launchers."""
-    arguments = {op.name: len(re.findall(r"[\w?!()]+ \w+(?=[,=)])", op.schema.split("->")[0])) for op in ops(files)}
+    arguments = {op.name: len(re.findall(r"[\w?!()\[\]]+ \w+(?=[,=)])", op.schema.split("->")[0])) for op in ops(files)}
 
     def allowed(name):
         return max(8, arguments.get(name.removesuffix("_ref"), 0))

@@ -653,6 +653,7 @@ struct __half {
 struct __nv_bfloat16 {
   uint16_t bits;
 };
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
 inline float __half2float(__half h) {
   const uint32_t magnitude = h.bits & 0x7fff;
   float value = bits_on_host<float>(magnitude << 13) * 0x1p112f;
