@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py build_backend.py pyproject.toml
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/cuda_on_host/*.h)
 
 .PHONY: build test test-full test-sanitize lint format bench wheel demo clean
 .DELETE_ON_ERROR:

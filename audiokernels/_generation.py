@@ -50,9 +50,10 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 
 
 def check_generation(room, pack, floats, state, uniforms, codes, condition, temperature) -> None:
-    """Raise TypeError or ValueError for the first argument of <room>_generate that breaks a rule.
+    """Raise TypeError or ValueError for the first argument of <room>_generate that breaks a rule of types or shapes.
 
-    floats: numbers of a row of state. The pack's shape has n_class, condition (channels), hop and pack_bytes().
+    Looks at no tensor's values, and so does not wait for a GPU. floats: numbers of a row of state. The pack's shape has
+    n_class, condition (channels), hop and pack_bytes().
     """
     shape, device = pack.shape, pack.data.device
     if pack.data.dtype != torch.uint8 or tuple(pack.data.shape) != (shape.pack_bytes(),):
@@ -84,14 +85,20 @@ def check_generation(room, pack, floats, state, uniforms, codes, condition, temp
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
+    if codes is not None and (codes.shape[0] != batch or codes.shape[1] > n):
+        raise ValueError(f"codes must have shape ({batch}, m <= {n}), got {tuple(codes.shape)}")
+    if (condition is None) != (shape.condition == 0):
+        came = "None" if condition is None else f"shape {tuple(condition.shape)}"
+        raise ValueError(f"condition must be given exactly for a pack with condition channels, got {came}")
+
+
+def check_values(room, shape, state, uniforms, codes, condition) -> None:
+    """The same for what tensors hold, and for the frames of condition, which depend on the position."""
     if uniforms.numel() and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
         worst = uniforms[~((uniforms >= 0) & (uniforms < 1))][0].item()
         raise ValueError(f"uniforms must be in [0, 1), got {worst}")
-    if codes is not None:
-        if codes.shape[0] != batch or codes.shape[1] > n:
-            raise ValueError(f"codes must have shape ({batch}, m <= {n}), got {tuple(codes.shape)}")
-        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < shape.n_class):
-            raise ValueError(f"codes must be in 0 .. {shape.n_class - 1}, got {int(codes.min())} .. {int(codes.max())}")
+    if codes is not None and codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < shape.n_class):
+        raise ValueError(f"codes must be in 0 .. {shape.n_class - 1}, got {int(codes.min())} .. {int(codes.max())}")
     header = state[:, :3]
     if header.numel() and not bool(((header >= 0) & (header == header.floor()) & (header < 2**24)).all()):
         raise ValueError(f"state must come from {room}_state: its header does not hold a position and a code")
@@ -99,10 +106,8 @@ def check_generation(room, pack, floats, state, uniforms, codes, condition, temp
         raise ValueError(
             f"state must belong to a pack of {shape.n_class} classes, got code {float(header[:, 2].max())}"
         )
-    if (condition is None) != (shape.condition == 0):
-        came = "None" if condition is None else f"shape {tuple(condition.shape)}"
-        raise ValueError(f"condition must be given exactly for a pack with condition channels, got {came}")
     if condition is not None:
+        batch, n = uniforms.shape
         expected = (batch, condition_frames(shape, state, n), shape.condition)
         if tuple(condition.shape) != expected:
             raise ValueError(f"condition must have shape {expected} (hop {shape.hop}), got {tuple(condition.shape)}")

@@ -5,7 +5,7 @@ multiplies a vector and no horizontal sum is ever needed:
 
     matrix      bias float32 (rows16), then
                 float32:  (taps, K, rows16)
-                bfloat16: (taps, K / 2, rows16, 2)       K padded to even
+                float16, bfloat16: (taps, K / 2, rows16, 2)      K padded to even
                 int8:     scale float32 (taps, rows16), offset int32 (taps, rows16), (taps, K / 4, rows16, 4)
                           K padded to a multiple of 4; offset = -128 * sum of the row, for kernels that feed
                           the activations as unsigned bytes
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 LANES = 16
-DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-GROUP = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs that lie side by side in one 32-bit lane
+DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float16)
+GROUP = {dtype: 4 // dtype.itemsize for dtype in DTYPES}  # inputs that lie side by side in one 32-bit lane
 MAX_INPUTS = 65536  # 255 * 127 * inputs stays below 2^31
 
 

@@ -58,9 +58,16 @@ def implementation(op: str, device: str) -> str:
     kernel = re.search(rf"^{device.upper()}: registered at (.*?):\d+", dump, re.MULTILINE)
     if kernel is None:
         return f"{REFERENCE}: {_why_reference(device)}"
-    if not kernel[1].endswith(".cpp"):
+    if not kernel[1].endswith(".cpp") and not _private(op, device):
         return "Triton"
     return f"C++ ({C.isa()})" if device == "cpu" else f"CUDA C++ ({', '.join(C.cuda_archs)})"
+
+
+def _private(op: str, device: str) -> bool:
+    """Whether a launcher in Python stands before a compiled op, named _<op>_<device>."""
+    name = f"audiokernels::_{op}_{device}"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return torch._C._dispatch_has_kernel(name) and has_kernel(name, device.upper())
 
 
 def _why_reference(device: str) -> str:

@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from audiokernels._checks import refuse_grad
-from audiokernels._generation import HEADER, check_generation, draw, fresh_state, position_of, write_header
+from audiokernels._generation import (
+    HEADER,
+    check_generation,
+    check_values,
+    draw,
+    fresh_state,
+    position_of,
+    write_header,
+)
 from audiokernels._library import lib
 from audiokernels._packing import LANES, round_up
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
@@ -127,6 +135,7 @@ def check_call(pack, state, uniforms, codes, condition, temperature) -> None:
     if not isinstance(pack, TransformerPack):
         raise TypeError(f"pack must be a TransformerPack, got {type(pack).__name__}")
     check_generation("transformer", pack, state_floats(pack.shape), state, uniforms, codes, condition, temperature)
+    check_values("transformer", pack.shape, state, uniforms, codes, condition)
 
 
 # ---- the reference

@@ -261,7 +261,7 @@ def transformer_unpack(data: Tensor, shape: TransformerShape) -> dict[str, tuple
 
 def _shape_of(weights, n_head, window, positions, fusion, haar, dtype, hop) -> TransformerShape:
     """Check transformer_pack's arguments and read the sizes off them."""
-    if dtype not in DTYPES:
+    if dtype not in (torch.float32, torch.bfloat16, torch.int8):
         raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.int8, got {dtype}")
     for name, value, allowed in (("positions", positions, POSITIONS), ("fusion", fusion, FUSIONS)):
         if value not in allowed:

@@ -14,15 +14,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from audiokernels._generation import HEADER, check_generation, draw, fresh_state, position_of, write_header
+from audiokernels._generation import (
+    HEADER,
+    check_generation,
+    check_values,
+    draw,
+    fresh_state,
+    position_of,
+    write_header,
+)
 from audiokernels._library import C, C_error, lib
 from audiokernels._packing import LANES, round_up
-from audiokernels.backends import REFERENCE, Explanation, describe
+from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.wavenet_pack import WaveNetPack, WaveNetShape, wavenet_unpack
+from audiokernels.wavenet_plan import WaveNetPlan, gpu_facts, wavenet_generate_plan
 
 lib.define(
     "wavenet_generate(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
     "Tensor? condition, float temperature, bool return_logits) -> (Tensor, Tensor)"
+)
+lib.define(  # the kernels for GPUs; plan: streams a block, shared bytes a block
+    "_wavenet_generate_cuda(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
+    "Tensor? condition, float temperature, bool return_logits, SymInt[] plan) -> (Tensor, Tensor)"
 )
 
 
@@ -68,15 +81,17 @@ def wavenet_generate(
             m = n.
         condition: float32 (batch, frames, condition_channels), raw; frame i holds for samples i * hop ..
             (i + 1) * hop - 1 of the stream. Pass the frames that these n samples touch, the first one being that of
-            the state's position.
+            the state's position. (On a GPU the position is not asked for: one frame too many is ignored, and where
+            one is missing, the last one holds on.)
         temperature: >= 0; logits are divided by it; 0 takes the largest logit.
         return_logits: also return the logits.
 
     Returns:
         codes (batch, n), uint8 up to 256 classes, int16 above; with return_logits also float32
         (batch, n, n_class), the logits from which codes[:, t] was drawn.
-        On one kernel the codes do not depend on chunking, batch position or threads; on the CPU in float32 and int8
-        not on the instruction set either.
+        On one kernel the codes do not depend on chunking, batch position or threads; on the CPU in all but bfloat16
+        not on the instruction set either. On a GPU the call returns before they are drawn, and numbers out of range in
+        uniforms, codes or the state, which are errors on the CPU, count as the nearest that are in it.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came; the state is unchanged then.
@@ -98,6 +113,12 @@ def wavenet_generate(
 
 def check_call(pack, state, uniforms, codes, condition, temperature) -> None:
     """Raise TypeError or ValueError for the first argument that breaks a rule of wavenet_generate."""
+    check_arguments(pack, state, uniforms, codes, condition, temperature)
+    check_values("wavenet", pack.shape, state, uniforms, codes, condition)
+
+
+def check_arguments(pack, state, uniforms, codes, condition, temperature) -> None:
+    """The part of check_call that looks at no tensor's values, and so does not wait for a GPU."""
     if not isinstance(pack, WaveNetPack):
         raise TypeError(f"pack must be a WaveNetPack, got {type(pack).__name__}")
     check_generation("wavenet", pack, state_floats(pack.shape), state, uniforms, codes, condition, temperature)
@@ -168,20 +189,58 @@ def _fake(data, shape_ints, state, uniforms, codes, condition, temperature, retu
     return out, uniforms.new_empty((batch, n, shape.n_class) if return_logits else (0,))
 
 
+def _launch(data, shape_ints, state, uniforms, codes, condition, temperature, return_logits):
+    """The op on a CUDA device: the kernel that the plan names. Waits for nothing, so that a graph can capture it."""
+    shape = WaveNetShape.from_ints(shape_ints)
+    check_arguments(WaveNetPack(data, shape), state, uniforms, codes, condition, temperature)
+    batch, n = uniforms.shape
+    if condition is not None and n:
+        least, most = (n - 1) // shape.hop + 1, (n + shape.hop - 2) // shape.hop + 1  # by where in a frame it begins
+        if (condition.shape[0], condition.shape[2]) != (batch, shape.condition) or not (
+            least <= condition.shape[1] <= most
+        ):
+            expected = f"({batch}, {least} .. {most}, {shape.condition})"
+            raise ValueError(f"condition must have shape {expected} (hop {shape.hop}), got {tuple(condition.shape)}")
+    plan = _plan(shape, uniforms)
+    arguments = (data, shape_ints, state, uniforms, codes, condition, temperature, return_logits)
+    if plan.kernel == REFERENCE:
+        return wavenet_generate_ref(*arguments)
+    return _cuda_op(*arguments, [plan.streams, plan.shared_bytes])
+
+
+def _plan(shape: WaveNetShape, uniforms: Tensor) -> WaveNetPlan:
+    return wavenet_generate_plan(shape, uniforms.shape[0], gpu_facts(uniforms.device))
+
+
 def _explain(pack: WaveNetPack, state: Tensor, uniforms: Tensor, **_) -> Explanation:
     batch, n = uniforms.shape
     name = str(pack.shape.dtype).removeprefix("torch.")
+    reads = n  # of the pack
     if pack.data.device.type == "cpu" and C is not None:
         threads = min(batch, torch.get_num_threads())
         kernel = f"C++ ({C.isa()}, {name})"
         why = f"the compiled CPU kernel; {threads} thread(s), each with a part of the batch"
+    elif pack.data.device.type == "cuda" and _has_cuda_kernels():
+        plan = _plan(pack.shape, uniforms)
+        kernel = REFERENCE if plan.kernel == REFERENCE else f"{plan.kernel} ({name})"
+        why, reads = (
+            f"{plan.why}; {plan.blocks} block(s) of {plan.shared_bytes:,} shared bytes",
+            n * max(1, plan.blocks),
+        )
     else:
-        kernel, why = REFERENCE, C_error or f"no {pack.data.device.type} kernel is written for it yet"
-    work = batch * n
-    return Explanation(kernel, why, 2 * pack.shape.macs() * work, pack.data.numel() * n)
+        kernel, why = REFERENCE, C_error or implementation("wavenet_generate", pack.data.device.type)
+    return Explanation(kernel, why, 2 * pack.shape.macs() * batch * n, pack.data.numel() * reads)
+
+
+def _has_cuda_kernels() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("audiokernels::_wavenet_generate_cuda", "CUDA")
 
 
 lib.impl("wavenet_generate", wavenet_generate_ref, "CompositeExplicitAutograd")
+if _has_cuda_kernels():
+    lib.impl("wavenet_generate", _launch, "CUDA")
 torch.library.register_fake("audiokernels::wavenet_generate", _fake, lib=lib)
+torch.library.register_fake("audiokernels::_wavenet_generate_cuda", lambda *call: _fake(*call[:-1]), lib=lib)
 describe("wavenet_generate", _explain)
 _op = torch.ops.audiokernels.wavenet_generate.default
+_cuda_op = torch.ops.audiokernels._wavenet_generate_cuda.default

@@ -113,7 +113,7 @@ def wavenet_pack(
             skip_weight (n_layer, S, H), skip_bias (n_layer, S),
             head_weight (D, S), head_bias (D,), out_weight (n_class, D), out_bias (n_class,).
         dilations: one integer >= 1 a layer, in order.
-        dtype: torch.float32, torch.bfloat16, or torch.int8 (one scale a row and tap; activations are quantised per
+        dtype: torch.float32, float16, bfloat16, or int8 (one scale a row and tap; activations are quantised per
             vector at run time, sums are exact in int32). Embedding, biases and condition weights stay float32.
         hop: samples that one frame of the condition lasts.
 
@@ -187,7 +187,7 @@ def wavenet_unpack(data: Tensor, shape: WaveNetShape) -> dict[str, Tensor]:
 def _shape_of(weights: Mapping[str, Tensor], dilations: Sequence[int], dtype: torch.dtype, hop: int) -> WaveNetShape:
     """Check wavenet_pack's arguments and read the sizes off them."""
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.int8, got {dtype}")
+        raise ValueError(f"dtype must be torch.float32, float16, bfloat16 or int8, got {dtype}")
     if not isinstance(hop, int) or hop < 1:
         raise ValueError(f"hop must be an integer >= 1, got {hop!r}")
     dilations = tuple(dilations)

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "dilated_conv_update_cuda.h"
+#include "ptx.h"
 
 namespace audiokernels {
 namespace {
@@ -73,8 +74,7 @@ __device__ inline void finish(const DilatedConvUpdate& c, int64_t b, int64_t r, 
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) fused_kernel(const __grid_constant__ DilatedConvUpdate c) {
-  extern __shared__ double shared[];
-  Sum<T>* taps = reinterpret_cast<Sum<T>*>(shared);
+  Sum<T>* taps = reinterpret_cast<Sum<T>*>(ptx::dynamic_shared());
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int64_t b = blockIdx.x; b < c.batch; b += gridDim.x) {
     for (int64_t k = 0; k < c.width; k++) {
@@ -117,18 +117,24 @@ __global__ void __launch_bounds__(kThreads) ring_kernel(const __grid_constant__ 
   for (int64_t b = blockIdx.x; b < c.batch; b += gridDim.x) write_ring<T>(c, b, threadIdx.x, kThreads);
 }
 
-int blocks(int64_t n) { return static_cast<int>(n < kMaxBlocks ? n : kMaxBlocks); }
+cudaLaunchConfig_t grid_of(int64_t blocks, int64_t shared, cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = stream;
+  return config;
+}
 
 template <class T>
 cudaError_t launch(const DilatedConvUpdate& c, DilatedConvUpdateKernel kernel, cudaStream_t stream) {
-  if (kernel == DilatedConvUpdateKernel::cuda_fused) {
-    if (c.batch > 0) fused_kernel<T><<<blocks(c.batch), kThreads, c.taps * sizeof(Sum<T>), stream>>>(c);
-    return cudaGetLastError();
-  }
-  const int64_t outputs = c.batch * c.dim_out;
-  if (outputs > 0) split_kernel<T><<<blocks((outputs + kWarps - 1) / kWarps), kThreads, 0, stream>>>(c);
-  if (c.width > 1 && c.batch > 0) ring_kernel<T><<<blocks(c.batch), kThreads, 0, stream>>>(c);
-  return cudaGetLastError();
+  if (c.batch == 0) return cudaSuccess;
+  const auto rows =
+      grid_of(c.batch, kernel == DilatedConvUpdateKernel::cuda_fused ? c.taps * sizeof(Sum<T>) : 0, stream);
+  if (kernel == DilatedConvUpdateKernel::cuda_fused) return cudaLaunchKernelEx(&rows, fused_kernel<T>, c);
+  const auto outputs = grid_of((c.batch * c.dim_out + kWarps - 1) / kWarps, 0, stream);
+  const cudaError_t error = c.dim_out > 0 ? cudaLaunchKernelEx(&outputs, split_kernel<T>, c) : cudaSuccess;
+  return error == cudaSuccess && c.width > 1 ? cudaLaunchKernelEx(&rows, ring_kernel<T>, c) : error;
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 
 namespace audiokernels {
 
-enum PackDtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+enum PackDtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kFloat16 = 3 };
 
 constexpr int64_t kRowLanes = 16;     // outputs are padded to this
 constexpr int64_t kStateHeader = 16;  // floats: position % 2^20, position / 2^20, last code, unused
@@ -18,9 +18,14 @@ __attribute__((always_inline)) constexpr int64_t pad_lanes(int64_t n) {
   return (n + kRowLanes - 1) / kRowLanes * kRowLanes;
 }
 
+// Inputs in one 32-bit lane.
+__attribute__((always_inline)) constexpr int64_t lane_inputs(int64_t dtype) {
+  return dtype == kFloat32 ? 1 : dtype == kInt8 ? 4 : 2;
+}
+
 __attribute__((always_inline)) constexpr int64_t matrix_bytes(int64_t dtype, int64_t rows, int64_t taps,
                                                               int64_t inputs) {
-  const int64_t group = int64_t{1} << dtype;  // inputs in one 32-bit lane: 1, 2, 4
+  const int64_t group = lane_inputs(dtype);
   return 4 * rows + (dtype == kInt8 ? 8 * taps * rows : 0) + taps * ((inputs + group - 1) / group) * rows * 4;
 }
 

@@ -2,7 +2,7 @@
 //
 // Outputs lie in the lanes, inputs are broadcast in ascending order, one fused multiply-add each. So a sum has one
 // order whatever the lane count, the tile and the batch, and float32 codes are the same everywhere. int8 sums are
-// exact. bfloat16 keeps that order too, except on avx512_bf16, whose instruction adds pairs.
+// exact. float16 and bfloat16 keep that order too, bfloat16 not on avx512_bf16, whose instruction adds pairs.
 #pragma once
 
 #include "generation.h"
@@ -69,7 +69,7 @@ struct Block {
 // ---- the inner product of each pack type: how it wants its inputs (In, prepare), what 32 bits of them look like in
 // ---- registers (Step, broadcast) and a vector of weights (Weights, widen), and how it adds their product ----
 
-// float32 and bfloat16 carry the float sum on from tap to tap; int8 sums a tap in int32 and adds it scaled.
+// Floats carry the float sum on from tap to tap; int8 sums a tap in int32 and adds it scaled.
 struct FloatSums {
   using Sum = VFloat;
   AK_MEMBER VFloat start(const Block&, const float* from, int64_t) { return load(from); }
@@ -90,6 +90,31 @@ struct DotFloat32 : FloatInputs {
   AK_MEMBER Step broadcast(const In* p) { return splat(*p); }
   AK_MEMBER Weights widen(VInt w) { return (VFloat)w; }
   AK_MEMBER VFloat add(VFloat acc, Weights w, Step s) { return fma(w, s, acc); }
+};
+
+// Two 16-bit weights in a lane, widened.
+struct FloatPairs : FloatInputs {
+  static constexpr int kGroup = 2;
+  struct Step {
+    float even, odd;
+  };
+  struct Weights {
+    VFloat even, odd;
+  };
+  AK_MEMBER Step broadcast(const In* p) { return {p[0], p[1]}; }
+  AK_MEMBER VFloat add(VFloat acc, Weights w, Step s) {
+    return fma(w.odd, splat(s.odd), fma(w.even, splat(s.even), acc));
+  }
+};
+
+struct DotFloat16 : FloatPairs {
+  // Exponent and mantissa move to their places and 2^112 mends the bias: exact; infinity and NaN are put right.
+  AK_MEMBER VFloat widen_low(VInt w) {
+    const VInt magnitude = w & splat_int(0x7FFF);
+    const VInt endless = (magnitude > splat_int(0x7BFF)) & splat_int(0x7F800000);
+    return (VFloat)((VInt)((VFloat)(magnitude << 13) * splat(0x1p112f)) | endless | (w & splat_int(0x8000)) << 16);
+  }
+  AK_MEMBER Weights widen(VInt w) { return {widen_low(w), widen_low(w >> 16)}; }
 };
 
 #if defined(__AVX512BF16__)
@@ -120,19 +145,8 @@ struct DotBFloat16 : FloatSums {
   AK_MEMBER VFloat add(VFloat acc, Weights w, Step s) { return _mm512_dpbf16_ps(acc, w, s); }
 };
 #else
-struct DotBFloat16 : FloatInputs {
-  static constexpr int kGroup = 2;
-  struct Step {
-    float even, odd;
-  };
-  struct Weights {
-    VFloat even, odd;
-  };
-  AK_MEMBER Step broadcast(const In* p) { return {p[0], p[1]}; }
+struct DotBFloat16 : FloatPairs {
   AK_MEMBER Weights widen(VInt w) { return {(VFloat)(w << 16), (VFloat)(w & splat_int(int32_t(0xFFFF0000)))}; }
-  AK_MEMBER VFloat add(VFloat acc, Weights w, Step s) {
-    return fma(w.odd, splat(s.odd), fma(w.even, splat(s.even), acc));
-  }
 };
 #endif
 
@@ -317,7 +331,7 @@ static Matrix read_matrix(int64_t dtype, const uint8_t*& p, int64_t rows, int64_
   Matrix m{};
   const uint8_t* end = p + matrix_bytes(dtype, rows, taps, inputs);
   m.rows = rows, m.taps = taps, m.tap_stride = pad_lanes(inputs);
-  const int64_t group = int64_t{1} << dtype;
+  const int64_t group = lane_inputs(dtype);
   m.steps = (inputs + group - 1) / group;
   m.bias = reinterpret_cast<const float*>(p);
   p += 4 * rows;

@@ -54,7 +54,7 @@ WaveNetShape wavenet_shape(const int64_t* ints, int64_t count) {
   require(count > kShapeInts, "nine sizes, then one dilation a layer");
   const WaveNetShape s{ints[0], ints[1], ints[2], ints[3],           ints[4],           ints[5],
                        ints[6], ints[7], ints[8], ints + kShapeInts, count - kShapeInts};
-  require(s.dtype >= kFloat32 && s.dtype <= kInt8, "dtype must be 0, 1 or 2");
+  require(s.dtype >= kFloat32 && s.dtype <= kFloat16, "dtype must be 0 .. 3");
   for (int64_t size : {s.residual, s.hidden, s.skip, s.head, s.width})
     require(size >= 1 && size <= kMaxInputs, "channels and width must be 1 .. 65536");
   require(s.n_class >= 2 && s.n_class <= 32768, "n_class must be 2 .. 32768");

@@ -184,6 +184,7 @@ void wavenet_run(const WaveNetShape& s, const GenerationJob& job) {
   if (s.dtype == kFloat32) run<DotFloat32>(net);
   if (s.dtype == kBFloat16) run<DotBFloat16>(net);
   if (s.dtype == kInt8) run<DotInt8>(net);
+  if (s.dtype == kFloat16) run<DotFloat16>(net);
 }
 
 }  // namespace AUDIOKERNELS_ISA

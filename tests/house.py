@@ -170,7 +170,7 @@ def cpp_functions(text: str) -> Iterator[tuple[int, str, int]]:
     text = re.sub(r"//.*|/\*[\s\S]*?\*/", lambda m: re.sub(r"[^\n]", " ", m[0]), text)
     text = re.sub(r'"(\\.|[^"\\\n])*"', lambda m: " " * len(m[0]), text)
     for line, match in lines(r"(?<![\w#])(\w+[>*&]*|[>*&])\s+(\w+)\(", text):
-        if match[1] in ("return", "else", "case", "throw", "new", "define", "and", "or", "not", "in"):
+        if match[1] in ("return", "else", "case", "throw", "new", "define", "and", "or", "not", "in", "asm"):
             continue
         depth, commas, empty = 0, 0, True
         for char in text[match.end() - 1 :]:

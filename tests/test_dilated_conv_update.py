@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from cuda_on_host import COMPILER, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruction_sets import in_use, instruction_sets
@@ -430,3 +431,41 @@ def test_cuda_plan():
     assert plan(132, 8, 12289) == "cuda_split"  # taps beyond 48 KB of shared memory
     assert plan(132, 8, 12288) == "cuda_fused"
     assert plan(132, 8, 6145, float64=True) == "cuda_split"
+
+
+# ---- the CUDA kernels, run on the host
+
+ON_HOST = """
+#include "dilated_conv_update_cuda.cu"
+CUDA_ON_HOST_EXPORT int update(const int64_t* s, void** data, int64_t kernel, int64_t dtype) {
+  using namespace audiokernels;
+  DilatedConvUpdate c{s[0], s[1], s[2], s[3], s[4], s[1] * s[3], (s[3] - 1) * s[4]};
+  c.x = data[0], c.conv_state = data[1], c.weight = data[2], c.bias = data[3];
+  c.position = static_cast<const int32_t*>(data[4]), c.out = data[5];
+  c.x_stride[0] = c.dim_in, c.state_stride[0] = c.length * c.dim_in, c.state_stride[1] = c.dim_in;
+  c.x_stride[1] = c.state_stride[2] = c.bias_stride = c.position_stride = 1;
+  c.weight_stride = c.taps;
+  return dilated_conv_update_cuda(c, DilatedConvUpdateKernel(kernel), DilatedConvDtype(dtype), nullptr);
+}
+"""
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("kernel", [2, 3], ids=["fused", "split"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_for_a_gpu_on_the_host(dtype, kernel):
+    """The same source as on a GPU, its threads in random order; several steps, so that a ring wraps."""
+    for seed, size in enumerate([*SIZES[:4], (7, 33, 9, 3, 2), (2, 100, 40, 5, 1)]):
+        args = make(*size, dtype, seed=seed)
+        out = torch.full((size[0], size[2]), torch.nan, dtype=dtype)
+        for _ in range(4):
+            expected, after = conv1d_step(args, torch.float64)
+            plain, _ = conv1d_step(args, dtype)
+            tensors = [args[name] for name in ("x", "conv_state", "weight", "bias", "position")] + [out]
+            pointers = torch.tensor([t.data_ptr() for t in tensors])
+            build(ON_HOST).call("update", torch.tensor(size), pointers, kernel, DTYPES.index(dtype), seed=seed)
+            bound = 2 * (plain.double() - expected).abs().max() + torch.finfo(dtype).eps * expected.abs().max()
+            assert (out.double() - expected).abs().max() <= bound + 1e-13 * expected.abs().max()
+            assert torch.equal(args["conv_state"], after)
+            args["x"] = torch.randn(args["x"].shape).to(dtype)
+            args["position"] += 1

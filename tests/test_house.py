@@ -49,6 +49,8 @@ SHARED_HEADERS = {
     "generation.h",
     "generation_call.h",
     "packed_product.h",
+    "ptx.h",
+    "ptx_on_host.h",
 }
 OPTIONAL_HELPERS = {f"{OPS}_library.py", f"{MODELS}_optional.py", "benchmarks/common.py"}
 TORCHRUN = {"WORLD_SIZE", "RANK", "LOCAL_RANK"}  # it tells its processes nothing in another way
@@ -176,7 +178,8 @@ def gpu_tests_and_benchmarks_need_what_a_gpu_machine_has(files):
     doors = {f"tests/test_{Path(path).stem}.py" for path in files if path.startswith(OPS)}
     for path, tree in python(files, "benchmarks/", "tests/"):
         if path.startswith("benchmarks/") or path in doors:
-            beside = {Path(other).stem for other in files if Path(other).parent == Path(path).parent}
+            packages = [Path(other).parent for other in files if other.endswith("/__init__.py")]
+            beside = {other.stem for other in [*map(Path, files), *packages] if other.parent == Path(path).parent}
             top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
             for line, module, _ in imports(path, top):
                 if (root := module.split(".")[0]) not in {*sys.stdlib_module_names, *there, *beside}:
@@ -370,7 +373,7 @@ def haar_x_ref({NINE}): pass
 )
 def no_function_over_8_parameters(files):
     """But Triton kernels, and what takes the arguments of an op with more: that is op, op_ref and its launchers."""
-    arguments = {op.name: len(re.findall(r"[\w?!()]+ \w+(?=[,=)])", op.schema.split("->")[0])) for op in ops(files)}
+    arguments = {op.name: len(re.findall(r"[\w?!()\[\]]+ \w+(?=[,=)])", op.schema.split("->")[0])) for op in ops(files)}
 
     def allowed(name):
         return max(8, arguments.get(name.removesuffix("_ref"), 0))

@@ -89,7 +89,7 @@ def test_wrong_call_of_generate(number):
 
 WEIGHTS = weights_of(3)
 PACKING = [
-    (ValueError, "dtype", "float32", "float16", {}, {"dtype": torch.float16}),
+    (ValueError, "dtype", "float32", "float64", {}, {"dtype": torch.float64}),
     (ValueError, "hop", ">= 1", "0", {}, {"hop": 0}),
     (ValueError, "dilations", ">= 1", r"\[1, 0, 2\]", {}, {"dilations": [1, 0, 2]}),
     (ValueError, "dilations", "one a layer", r"\[\]", {}, {"dilations": []}),

@@ -46,7 +46,7 @@ def test_bits_per_sample_of_every_pack(model, unseen):
     w = {name: tensor.detach() for name, tensor in model.weights().items()}
     exact = bits(full_logits(w, model.config.dilations, unseen), unseen, skip)
     assert 1.5 < exact < 3.5  # it is trained: bigrams of the codes need more than 4 bits
-    for dtype, allowed in zip(DTYPES, (1e-4, 0.01, 0.03), strict=True):
+    for dtype, allowed in zip(DTYPES, (1e-4, 0.01, 0.03, 0.002), strict=True):
         pack = model.pack(dtype)
         _, logits = wavenet_generate(
             pack, wavenet_state(pack, 1), philox_uniform(0, 1, n), codes=unseen, return_logits=True
@@ -64,7 +64,7 @@ def test_draws_are_those_of_the_reference_or_on_an_edge(model, dtype):
     w = {name: tensor.detach() for name, tensor in model.weights().items()}
     expected = full_logits(w, model.config.dilations, codes, dtype=torch.float32)
     scale = max(1.0, float(expected.abs().max()))
-    bound = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.int8: 0.15}[dtype] * scale
+    bound = {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05, torch.int8: 0.15}[dtype] * scale
     assert float((logits - expected).abs().max()) <= bound
     differ, off_edge = differing_draws(logits, expected, uniforms, codes)
     assert off_edge == 0

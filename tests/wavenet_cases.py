@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from audiokernels import wavenet_pack
 
-DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float16)
 
 
 SIZES = {"residual": 16, "hidden": 16, "skip": 32, "head": 32, "n_class": 64, "width": 2, "condition": 0}

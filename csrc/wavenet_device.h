@@ -1,0 +1,134 @@
+// What the WaveNet kernels for GPUs share: the state's header, forced codes, exp and the gate, and the draw.
+#pragma once
+
+#include "ptx.h"
+#include "wavenet_generate_cuda.h"
+
+namespace audiokernels {
+namespace {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Whatever a header holds, the position and the code are ones that exist.
+__device__ inline int64_t header_number(float v, int64_t limit) {
+  return v >= 0.0f && v < float(limit) ? int64_t(v) : 0;
+}
+__device__ inline int64_t read_position(const float* state) {
+  return header_number(state[0], kPositionBase) + kPositionBase * header_number(state[1], 1 << 24);
+}
+__device__ inline int read_code(const WaveNetCall& c, const float* state) {
+  return int(header_number(state[2], c.n_class));
+}
+__device__ inline void write_header(float* state, int64_t position, int code) {
+  state[0] = float(position % kPositionBase);
+  state[1] = float(position / kPositionBase);
+  state[2] = float(code);
+}
+
+// Known code t of stream b; one that is out of range becomes the nearest that is in it.
+__device__ inline int forced_code(const WaveNetCall& c, int64_t b, int64_t t) {
+  const int64_t at = b * c.codes_stride[0] + t * c.codes_stride[1];
+  int64_t code = 0;
+  switch (c.code_bytes) {
+    case 1: code = static_cast<const uint8_t*>(c.codes)[at]; break;
+    case 2: code = static_cast<const int16_t*>(c.codes)[at]; break;
+    case 4: code = static_cast<const int32_t*>(c.codes)[at]; break;
+    default: code = static_cast<const int64_t*>(c.codes)[at];
+  }
+  return int(code < 0 ? 0 : code < c.n_class ? code : c.n_class - 1);
+}
+__device__ inline void write_code(const WaveNetCall& c, int64_t b, int64_t t, int code) {
+  if (c.n_class <= 256)
+    static_cast<uint8_t*>(c.out)[b * c.n + t] = uint8_t(code);
+  else
+    static_cast<int16_t*>(c.out)[b * c.n + t] = int16_t(code);
+}
+// The frame of condition that holds `position` in a call that began at `first`; never past the last one.
+__device__ inline int64_t frame_of(const WaveNetCall& c, int64_t first, int64_t position) {
+  const int64_t frame = position / c.hop - first / c.hop;
+  return frame < c.n_frames ? frame : c.n_frames - 1;
+}
+
+// ---- the polynomials of simd.h
+
+__device__ inline float exp_within(float x) {
+  constexpr float kRound = 12582912.0f;
+  const float t = fmaf(x, 0x1.715476p+0f, kRound);
+  const float n = t - kRound;
+  float r = fmaf(n, -0x1.62e4p-1f, x);
+  r = fmaf(n, -0x1.7f7d1cp-20f, r);
+  float p = 0x1.6d4386p-10f;
+  p = fmaf(p, r, 0x1.120ba6p-7f);
+  p = fmaf(p, r, 0x1.5554e8p-5f);
+  p = fmaf(p, r, 0x1.5554dcp-3f);
+  p = fmaf(p, r, 0x1p-1f);
+  p = fmaf(p, r, 1.0f);
+  p = fmaf(p, r, 1.0f);
+  return __uint_as_float(__float_as_uint(p) + (__float_as_uint(t) << 23));
+}
+__device__ inline float exp_clamped(float x, float limit) { return exp_within(fmaxf(fminf(x, limit), -limit)); }
+// tanh(a) * sigmoid(b)
+__device__ inline float gate(float a, float b) {
+  const float ea = exp_clamped(-2.0f * a, 30.0f), eb = exp_clamped(-b, 30.0f);
+  return (1.0f - ea) / ((1.0f + ea) * (1.0f + eb));
+}
+
+// ---- the draw, by one warp: the first class whose cumulative probability exceeds u
+
+__device__ inline float warp_max(float v) {
+  for (int i = 16; i > 0; i /= 2) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, i));
+  return v;
+}
+__device__ inline int warp_min(int v) { return __reduce_min_sync(kAllLanes, v); }
+__device__ inline int warp_max(int v) { return __reduce_max_sync(kAllLanes, v); }
+
+// Blocks of 16 probabilities are summed in order, then their sums, as on the CPU. `logit` [i * stride], n_class rounded
+// up to 16 of them, is overwritten; `sums` holds a number a block.
+__device__ inline int draw(float* logit, int stride, float* sums, int n_class, float u, float temperature) {
+  const int lane = threadIdx.x % 32, blocks = (n_class + 15) / 16;
+  float most = -INFINITY;
+  for (int i = lane; i < n_class; i += 32) most = fmaxf(most, logit[i * stride]);
+  most = warp_max(most);
+  if (temperature == 0.0f) {
+    int first = n_class;
+    for (int i = lane; i < n_class; i += 32)
+      if (logit[i * stride] == most && i < first) first = i;
+    first = warp_min(first);
+    return first < n_class ? first : 0;
+  }
+  const float inverse = 1.0f / temperature;
+  int last = 0;  // the last class that can be drawn
+  for (int i = lane; i < 16 * blocks; i += 32) {
+    const float l = i < n_class ? (logit[i * stride] - most) * inverse : -INFINITY;
+    const float p = l >= -87.0f ? exp_clamped(l, 87.0f) : 0.0f;  // 0 of NaN too
+    logit[i * stride] = p;
+    if (p > 0.0f) last = i;
+  }
+  last = warp_max(last);
+  __syncwarp();
+  for (int i = lane; i < blocks; i += 32) {
+    float sum = 0.0f;
+    for (int j = 0; j < 16; j++) sum += logit[(16 * i + j) * stride];
+    sums[i] = sum;
+  }
+  __syncwarp();
+  float total = 0.0f;
+  for (int i = 0; i < blocks; i++) total += sums[i];
+  const float target = u * total;
+  float before = 0.0f;
+  for (int i = 0; i < blocks; i++) {  // every lane finds the same
+    if (before + sums[i] > target) {
+      float within = 0.0f;
+      for (int j = 0; j < 15; j++) {
+        within += logit[(16 * i + j) * stride];
+        if (before + within > target) return 16 * i + j;
+      }
+      return 16 * i + 15;
+    }
+    before += sums[i];
+  }
+  return last;  // u * total was rounded up to the total
+}
+
+}  // namespace
+}  // namespace audiokernels

@@ -1,0 +1,40 @@
+// WaveNet generation on a GPU: a call's sizes and pointers, and the torch-free launchers. The packed layout is that of
+// audiokernels/wavenet_pack.py, the state that of wavenet_generate.h.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "wavenet_generate.h"
+
+namespace audiokernels {
+
+constexpr int kMostLayers = 256;  // they travel with the launch
+
+struct WaveNetCall {
+  int dtype, residual, hidden, skip, head, n_class, width, condition, n_layer;
+  int x_rows, h_rows, skip_rows, head_rows, class_rows;  // padded to 16; the gate has twice h_rows
+  int64_t hop, batch, n;
+  const uint8_t* pack;
+  int64_t table_bytes;  // embedding and condition, before the layers
+  float* state;
+  int64_t state_stride;
+  const float* uniforms;
+  int64_t uniforms_stride[2];
+  const void* codes;  // known ones, integers of code_bytes, the first `forced` of each row
+  int64_t codes_stride[2], forced;
+  int code_bytes;
+  const float* frames;  // condition: (batch, n_frames, channels), or null
+  int64_t frames_stride[3], n_frames;
+  float* base;    // scratch: (batch, n_layer, 2 h_rows) biases with the projected condition; null without one
+  void* out;      // (batch, n) uint8, or int16 above 256 classes
+  float* logits;  // (batch, n, n_class), or null
+  float temperature;
+  int32_t dilations[kMostLayers];
+};
+
+// One block for `streams` (1 or 4) streams, any sizes, weights from L2.
+cudaError_t wavenet_general_cuda(const WaveNetCall& call, int streams, int shared_bytes, cudaStream_t stream);
+
+}  // namespace audiokernels

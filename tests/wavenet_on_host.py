@@ -1,0 +1,59 @@
+"""wavenet_generate by its kernels for GPUs, run on the host: the arguments of wavenet_generate, and which kernel."""
+
+import torch
+from cuda_on_host import CSRC, build
+
+from audiokernels._generation import condition_frames
+from audiokernels._packing import LANES, round_up
+
+SOURCE = """
+#include "wavenet_{kernel}_cuda.cu"
+CUDA_ON_HOST_EXPORT int generate(const int64_t* n, void** data, double temperature) {{
+  using namespace audiokernels;
+  WaveNetCall c{{}};
+  const auto next = [&] {{ return *n++; }};
+  c.dtype = next(), c.residual = next(), c.hidden = next(), c.skip = next(), c.head = next(), c.n_class = next();
+  c.width = next(), c.condition = next(), c.hop = next(), c.n_layer = next();
+  for (int i = 0; i < c.n_layer; i++) c.dilations[i] = next();
+  const auto pad = [](int rows) {{ return (rows + 15) / 16 * 16; }};
+  c.x_rows = pad(c.residual), c.h_rows = pad(c.hidden), c.skip_rows = pad(c.skip), c.head_rows = pad(c.head);
+  c.class_rows = pad(c.n_class);
+  c.batch = next(), c.n = next(), c.table_bytes = next(), c.state_stride = next();
+  for (auto& stride : c.uniforms_stride) stride = next();
+  for (auto& stride : c.codes_stride) stride = next();
+  c.forced = next(), c.code_bytes = next();
+  for (auto& stride : c.frames_stride) stride = next();
+  c.n_frames = next();
+  c.pack = (uint8_t*)data[0], c.state = (float*)data[1], c.uniforms = (float*)data[2], c.codes = data[3];
+  c.frames = (float*)data[4], c.base = (float*)data[5], c.out = data[6], c.logits = (float*)data[7];
+  c.temperature = float(temperature);
+  const int64_t streams = next(), shared = next();
+  return wavenet_{kernel}_cuda(c, streams, shared, nullptr);
+}}
+"""
+
+
+def on_host(kernel, plan, pack, state, uniforms, *, seed=0, edit=None, **options):
+    """The same as wavenet_generate; `plan` is (streams, shared_bytes); `edit` changes (this, to that) in the kernel."""
+    codes, condition = options.get("codes"), options.get("condition")
+    shape, (batch, n) = pack.shape, uniforms.shape
+    z_rows, layers = 2 * round_up(shape.hidden, LANES), len(shape.dilations)
+    base = None if condition is None else torch.full((batch, layers, z_rows), torch.nan)
+    out = torch.full((batch, n), 99, dtype=shape.code_dtype)
+    logits = torch.full((batch, n, shape.n_class), torch.nan) if options.get("return_logits") else None
+    assert condition is None or condition.shape[1] >= condition_frames(shape, state, n)
+    numbers = [*shape.to_ints()[:9], layers, *shape.dilations, batch, n, 4 * sum(shape.table_floats())]
+    numbers += [state.stride(0), *uniforms.stride()]
+    numbers += [0, 0, 0, 1] if codes is None else [*codes.stride(), codes.shape[1], codes.element_size()]
+    numbers += [0, 0, 0, 0] if condition is None else [*condition.stride(), condition.shape[1]]
+    tensors = [pack.data, state, uniforms, codes, condition, base, out, logits]
+    pointers = torch.tensor([0 if t is None else t.data_ptr() for t in tensors])
+    source = SOURCE.format(kernel=kernel)
+    if edit is not None:
+        text = (CSRC / f"wavenet_{kernel}_cuda.cu").read_text()
+        if edit[0] not in text:
+            raise ValueError(f"not in the kernel: {edit[0]}")
+        source = source.replace(f'#include "wavenet_{kernel}_cuda.cu"', text.replace(*edit))
+    temperature = float(options.get("temperature", 1.0))
+    build(source).call("generate", torch.tensor([*numbers, *plan]), pointers, temperature, seed=seed)
+    return out if logits is None else (out, logits)
