@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from audiokernels.backends import REFERENCE
 from audiokernels._packing import LANES, round_up
+from audiokernels.backends import REFERENCE
 from audiokernels.wavenet_pack import WaveNetShape
 
 THREADS = 512  # of a block of the general kernel
