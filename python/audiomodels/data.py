@@ -320,6 +320,11 @@ def _select(rows: list[dict], source, part: str | None, split: str | None) -> li
 # ------------------------------------------------------------------------------------------------ rows of a data set
 
 
+def rows_of(source: str | os.PathLike, *, part: str | None = None, split: str | None = None) -> list[dict]:
+    """The rows of a folder or manifest that Recordings.load would read, each with "file", the place of its audio."""
+    return _select(_file_rows(source), source, part, split)
+
+
 def _file_rows(source) -> list[dict]:
     """Manifest rows, each with "file", the place of its audio, added; "optional" where it may be left out."""
     if not isinstance(source, str | os.PathLike):

@@ -89,11 +89,15 @@ def _read_weights(path: Path, expected: dict[str, torch.Tensor], device: torch.d
             for name, tensor in expected.items():
                 header = file.get_slice(name)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                if shape != tuple(tensor.shape) or dtype not in ("F32", "BF16", "F16"):
+                kind, allowed = ("float", ("F32", "BF16", "F16")) if tensor.is_floating_point() else ("int64", ("I64",))
+                if shape != tuple(tensor.shape) or dtype not in allowed:
                     raise ModelError(
-                        f"{path}: {name} must be float of shape {tuple(tensor.shape)}, got {dtype} {shape}"
+                        f"{path}: {name} must be {kind} of shape {tuple(tensor.shape)}, got {dtype} {shape}"
                     )
             # A copy: the file's own pages must not change under the model when the file is replaced.
-            return {name: file.get_tensor(name).to(device, torch.float32, copy=True) for name in expected}
+            dtypes = {
+                name: torch.float32 if tensor.is_floating_point() else torch.int64 for name, tensor in expected.items()
+            }
+            return {name: file.get_tensor(name).to(device, dtype, copy=True) for name, dtype in dtypes.items()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as safetensors: {error}") from error
