@@ -1,4 +1,4 @@
-"""The commands of `audiokernels`: info, demo, train, generate, evaluate, bench; each is a dataclass of its options.
+"""The commands of `audiokernels`, each a dataclass of its options: those of generators here, others in listening.py.
 
 A mistake of the user's (a missing file, a folder that holds no model) is one line on standard error and exit code 2; a
 demo whose result is not good enough is exit code 1.
@@ -21,7 +21,7 @@ from typing import Annotated, Literal, Union
 
 import torch
 
-from audiomodels import checkpoint, peers, plots, predictors, quantize
+from audiomodels import checkpoint, listening, peers, plots, predictors, quantize
 from audiomodels._optional import require
 from audiomodels.audio import read_audio, write_audio
 from audiomodels.data import Crops, Recordings
@@ -78,6 +78,8 @@ class Demo(DemoConfig):
 @dataclass
 class Train:
     """Train a WaveNet: any folder of audio, a manifest.jsonl, a .npz pack of codes, or one audio file.
+
+    `train --model audio_transformer` and `train --model cnn` train taggers; each of them has its own --help.
 
     Into the folder OUT go checkpoints, log.jsonl and, at the end, `model` (for generate and evaluate), scores.json and
     report.png. The same command again goes on where it was stopped. Held out is the split "dev" of the data, or, where
@@ -219,7 +221,28 @@ class Bench:
         return 0
 
 
-COMMANDS = {"info": Info, "demo": Demo, "train": Train, "generate": Generate, "evaluate": Evaluate, "bench": Bench}
+COMMANDS = {
+    "info": Info,
+    "demo": Demo,
+    "train": Train,
+    "generate": Generate,
+    "evaluate": Evaluate,
+    **listening.COMMANDS,
+    "bench": Bench,
+}
+TRAIN = {"wavenet": Train, **listening.TRAIN}  # by --model
+
+
+def chosen(words: Sequence[str]) -> tuple[dict[str, type], list[str]]:
+    """The commands, `train` being that of the model that `train --model NAME` asks for, and the words without it."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--model=") else [word])]
+    if words[:1] != ["train"] or "--model" not in words:
+        return COMMANDS, words
+    place = words.index("--model")
+    name = words[place + 1] if place + 1 < len(words) else "nothing"
+    if name not in TRAIN:
+        raise UserError(f"--model must be one of {', '.join(TRAIN)}; got {name}")
+    return COMMANDS | {"train": TRAIN[name]}, words[:place] + words[place + 2 :]
 
 
 def splits(source: Path, config: WaveNetConfig, split: str, part: str | None) -> tuple[Recordings, Recordings, str]:
@@ -251,15 +274,16 @@ def table(scores: dict[str, Scores]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the words (default: those of the process) ask for; always ends in SystemExit."""
-    commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
     logging.basicConfig(format="audiokernels: %(message)s")
     warnings.showwarning = lambda message, *_: print(f"audiokernels: {message}", file=sys.stderr)
     try:
+        kinds, words = chosen(sys.argv[1:] if arguments is None else arguments)
+        commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())
         command = tyro.cli(
             Union[commands],  # noqa: UP007 (a tuple)
             prog="audiokernels",
-            description="Raw-audio WaveNets: train, generate, evaluate, on the fused kernels of audiokernels.",
-            args=arguments,
+            description="Raw-audio models: generate sound, tell what is heard; on the fused kernels of audiokernels.",
+            args=words,
         )
         raise SystemExit(command.run() or 0)
     except DemoError as error:
