@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 
 from audiomodels import checkpoint, filters, plots
@@ -216,7 +217,7 @@ class PlotFilters:
                 "principal components": filters.filter_bank(filters.principal_components(patches), config.sample_rate),
             }
             filters.draw(bank, controls, filters.mean_spectrum(patches), name).savefig(self.out / f"filters_{name}.png")
-            require("numpy").save(self.out / f"filters_{name}.npy", bank.centre.numpy())
+            np.save(self.out / f"filters_{name}.npy", bank.centre.numpy())
             found = filters.kinds(bank)
             counts = ", ".join(f"{found.count(kind):,} {kind}" for kind in filters.KINDS)
             print(f"{name}: line R² {bank.straightness:.4f}, exponential R² {bank.bend:.4f}; {counts}")
