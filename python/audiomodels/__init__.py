@@ -7,6 +7,8 @@ a missing optional package is only met by who needs it.
 """
 
 _HOME = {
+    "SampleTransformer": "sample_transformer",
+    "SampleTransformerConfig": "sample_transformer",
     "WaveNet": "wavenet",
     "WaveNetConfig": "wavenet",
     "AudioError": "audio",
