@@ -312,6 +312,9 @@ class Comparison:
                 logits = predict(model, codes[:, :-1], targets, {})
             return cross_entropy(model, logits.float(), targets)
 
+        def generating(n: int) -> float:
+            return self.median_ms(lambda: model.generate(n), 3)
+
         kept = measured(model, forward)
         step = self.median_ms(lambda: forward().backward(), 5)
         n = 50
@@ -321,11 +324,7 @@ class Comparison:
             "step_ms": step,
             "kept_bytes": kept,
             "step_targets": protocol.batch * protocol.length,
-            # the difference leaves out packing the weights
-            "sample_ms": (
-                self.median_ms(lambda: model.generate(3 * n), 3) - self.median_ms(lambda: model.generate(n), 3)
-            )
-            / (2 * n),
+            "sample_ms": (generating(3 * n) - generating(n)) / (2 * n),  # the difference leaves out packing the weights
         }
 
     def median_ms(self, call: Any, rounds: int) -> float:

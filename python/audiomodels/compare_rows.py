@@ -147,7 +147,7 @@ def rows(protocol: Protocol, companding: str) -> dict[str, Row]:
     )
     wavenet10, wavenet30 = (WaveNetConfig(n_layer=n, **protocol.wavenet, **kind) for n in (10, 30))
     conditioned = replace(small, **protocol.context)
-    seen, n = conditioned_sight(conditioned), small.n_layer
+    seen, n = conditioned.context, small.n_layer
     wide = matched(small, "n_embd", 2 * small.n_head, conditioned)
     narrow = matched(wavenet30, "residual_channels", 1, large)
     return {
@@ -171,14 +171,6 @@ def rows(protocol: Protocol, companding: str) -> dict[str, Row]:
             Row("samplernn", "SampleRNN, 3 tiers", "samplernn", SampleRNNConfig(**protocol.sample_rnn, **kind)),
         )
     }
-
-
-def conditioned_sight(config: SampleTransformerConfig) -> int:
-    """Samples that the context network sees."""
-    seen = 1
-    for width in config.context_widths:
-        seen *= width
-    return seen
 
 
 def matched(config: Any, field: str, step: int, like: Any) -> Any:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from audiomodels.generation import SAMPLE_RATES, StepGenerator, check_codes, check_config, class_rows, draw
-from audiomodels.pretrained import Pretrained
+from audiomodels.generator import check_config, check_parameters, start_near_levels_near
+from audiomodels.step_generator import StepGenerator, pick
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,9 @@ class SampleRNNConfig:
             "n_embd": (1, 65536),
             "n_rnn": (1, 100),
             "bptt": (1, 1 << 30),
-            "n_class": (2, 32768),
-            "sample_rate": SAMPLE_RATES,
         }
         check_config(self, limits)
+        check_parameters(self.n_parameter)
         if self.bptt % (self.frame_size * self.big_frame):
             raise ValueError(f"bptt must be a multiple of {self.frame_size * self.big_frame}, got {self.bptt}")
 
@@ -75,7 +74,7 @@ class Tier(nn.Module):
         return self.leave(x).unflatten(2, (self.up, -1)).flatten(1, 2), state
 
 
-class SampleRNN(nn.Module, StepGenerator, Pretrained):
+class SampleRNN(nn.Module, StepGenerator):
     """model(codes) -> logits; model.generate(n) -> codes. See SampleRNNConfig for the sizes."""
 
     config_class = SampleRNNConfig
@@ -90,10 +89,8 @@ class SampleRNN(nn.Module, StepGenerator, Pretrained):
         self.enter = nn.Linear(f * d, d, bias=False)  # the middle tier's `leave` has the bias
         self.hidden = nn.Linear(d, d)
         self.out = nn.Linear(d, config.n_class)
-        with torch.no_grad():
-            self.embedding.weight.copy_(class_rows(config.n_class, d))
-            self.out.weight.copy_(class_rows(config.n_class, d, d**-0.5))
-            self.out.bias.zero_()
+        start_near_levels_near(self.embedding.weight, self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, codes: Tensor, *, length: int | None = None) -> Tensor:
         """Logits of the code after each of `codes`.
@@ -105,7 +102,12 @@ class SampleRNN(nn.Module, StepGenerator, Pretrained):
         Returns:
             float (batch, length or time, n_class); logits[:, t] predicts codes[:, t + 1].
         """
-        length, time, big = check_codes(codes, length), codes.shape[1], self._big
+        if codes.ndim != 2:
+            raise ValueError(f"codes must have shape (batch, time), got {tuple(codes.shape)}")
+        time, big = codes.shape[1], self._big
+        length = time if length is None else length
+        if not 0 <= length <= time:
+            raise ValueError(f"length must be 0 .. {time}, got {length}")
         padded = F.pad(codes.long(), (big - 1, 0), value=self.config.n_class // 2)
         silent = (time - length) // big * big  # whole frames before the first prediction
         borders = sorted({0, *range(silent, time, self.config.bptt), time})
@@ -147,7 +149,7 @@ class SampleRNN(nn.Module, StepGenerator, Pretrained):
 
     def initial_state(self, batch: int) -> dict:
         """Past codes, position, and of each tier its GRU's state and what it told the tier below."""
-        past = torch.full((batch, self._big), self.config.n_class // 2, device=self.device)
+        past = torch.full((batch, self._big), self.config.n_class // 2, device=self._device)
         return {"past": past, "position": 0, "top": None, "middle": None, "above": None, "below": None}
 
     def step(
@@ -165,4 +167,4 @@ class SampleRNN(nn.Module, StepGenerator, Pretrained):
             state["below"], state["middle"] = self.middle(frame, above, state["middle"])
         logits = self._sample(past[:, big - f :], state["below"][:, t % f : t % f + 1])[:, 0]
         state["position"] = t + 1
-        return (draw(logits, uniforms[:, 0], temperature) if forced is None else forced), logits
+        return (pick(logits, uniforms, temperature) if forced is None else forced), logits

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from audiomodels.generation import SAMPLE_RATES, StepGenerator, check_config, draw
-from audiomodels.pretrained import Pretrained
+from audiomodels.generator import check_config, check_parameters
+from audiomodels.step_generator import StepGenerator, pick
 
 N_BYTE, N_CLASS = 256, 65536
 
@@ -31,7 +31,8 @@ class WaveRNNConfig:
 
     def __post_init__(self):
         limits = {"n_embd": (2, 65536), "head_channels": (1, 65536), "n_class": (N_CLASS, N_CLASS)}
-        check_config(self, {**limits, "sample_rate": SAMPLE_RATES})
+        check_config(self, limits)
+        check_parameters(self.n_parameter)
         if self.n_embd % 2:
             raise ValueError(f"n_embd must be even, got {self.n_embd}")
         if self.companding != "linear":
@@ -50,15 +51,13 @@ class Head(nn.Sequential):
         super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, N_BYTE))
 
 
-class WaveRNN(nn.Module, StepGenerator, Pretrained):
+class WaveRNN(nn.Module, StepGenerator):
     """model(codes, targets) -> logits of both bytes; model.generate(n) -> int16 PCM. See WaveRNNConfig for the sizes.
 
     Codes are 16-bit PCM: int16, or PCM + 32768 (0 .. 65535) in any other integer type, as data.Recordings holds them.
     """
 
     config_class = WaveRNNConfig
-    uniforms_per_sample = 2
-    generated_dtype = torch.int16
 
     def __init__(self, config: WaveRNNConfig = WaveRNNConfig()):  # noqa: B008 (frozen)
         super().__init__()
@@ -140,11 +139,25 @@ class WaveRNN(nn.Module, StepGenerator, Pretrained):
 
         half = self.config.n_embd // 2
         coarse_logits = self.coarse(states(torch.zeros_like(before[0]))[:, :half])  # masked: any coarse byte would do
-        coarse = draw(coarse_logits, uniforms[:, 0], temperature) if forced is None else forced // N_BYTE
+        coarse = pick(coarse_logits, uniforms, temperature) if forced is None else forced // N_BYTE
         state["h"] = states(_scaled(coarse))
         fine_logits = self.fine(state["h"][:, half:])
-        fine = draw(fine_logits, uniforms[:, 1], temperature) if forced is None else forced % N_BYTE
+        if forced is None:
+            fine = pick(fine_logits, _rest(coarse_logits, coarse, uniforms, temperature), temperature)
+        else:
+            fine = forced % N_BYTE
         return coarse * N_BYTE + fine, torch.cat([coarse_logits, fine_logits], 1)
+
+
+def _rest(logits: Tensor, drawn: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """Where in its class's share of [0, 1) the number fell that drew it: uniform again, so that one number draws both
+    bytes, by the inverse CDF of the whole sample."""
+    if temperature == 0:
+        return uniforms
+    p = torch.softmax(logits.double() / temperature, 1)
+    below = p.cumsum(1).gather(1, drawn[:, None])[:, 0]
+    share = p.gather(1, drawn[:, None])[:, 0]
+    return (1 - (below - uniforms) / share).clamp(0, 1 - 2**-24).float()
 
 
 def _scaled(byte: Tensor) -> Tensor:
