@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from audiomodels import checkpoint, compare_report, compare_rows
+from audiomodels.bootstrap import Units
 from audiomodels.compare_data import Data, load
 from audiomodels.compare_rows import LEARNING_RATES, PROTOCOLS, Row
 from audiomodels.compare_score import measured, model_units, position_bits, total, trivial_units
@@ -142,7 +143,7 @@ class Comparison:
         print(f"{part} {companding}: {row.title}, seed {seed}, lr {lr:g}", flush=True)
         model, history, curve, seconds = self.train(row, data, out / "training", seed, lr, self.steps)
         began = time.monotonic()
-        test = model_units(model, data.test, sight=protocol.sight, max_targets=protocol.test_targets)
+        test = self.test(model, data)
         positions = position_bits(
             model,
             data.test,
@@ -175,6 +176,10 @@ class Comparison:
         write(out / RESULT, record)
         shutil.rmtree(out / "training")
         return True
+
+    def test(self, model: nn.Module, data: Data) -> Units:
+        """Sums by unit on the test split."""
+        return model_units(model, data.test, sight=self.protocol.sight, max_targets=self.protocol.test_targets)
 
     @property
     def steps(self) -> int:
@@ -435,3 +440,27 @@ def device_name(device: str) -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def reproduce(
+    results: Path, row: str, seed: int, part: str, companding: str, *, data: Path | None, out: Path, device: str
+) -> tuple[Any, Any]:
+    """Train a recorded run again: (recorded, new) sums by piece on the test. ValueError where data or code differ."""
+    recorded = read(results)
+    runs = [run for run in recorded["rows"] if (run["row"], run["seed"]) == (row, seed)]
+    runs = [run for run in runs if (run["part"], run["companding"]) == (part, companding)]
+    if not runs:
+        known = sorted({f"{run['row']} {run['seed']} {run['part']} {run['companding']}" for run in recorded["rows"]})
+        asked = f"{row} {seed} {part} {companding}"
+        raise ValueError(f"{results}: row, seed, part and companding must be one of {known}, got {asked}")
+    (run,) = runs
+    options = {"protocol": recorded["protocol"]["name"], "targets": run["targets"], "device": device}
+    comparison = Comparison(CompareConfig(data=data, out=out, seeds=(seed,), rows=(row,), **options))
+    torch.set_num_threads(run["threads"])
+    found, model = comparison.load(part, companding), comparison.rows(companding)[row]
+    if found.digest != run["data"]["hash"]:
+        raise ValueError(f"data must be that of the recorded run, {run['data']['hash']}; got {found.digest}")
+    if described(model) != run["config"]:
+        raise ValueError(f"the row's config is another one now: {described(model)}; it was {run['config']}")
+    trained, *_ = comparison.train(model, found, out / "training", seed, run["lr"], run["steps"])
+    return run["test"], comparison.test(trained, found)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from audiomodels.audio import AudioError
-from audiomodels.data import Recording, Recordings
+from audiomodels.data import Recording, Recordings, voice_sides
 
 SPLITS = ("train", "dev", "test")
 
@@ -78,11 +78,8 @@ def by_manifest(source: Path, kind: dict) -> dict[str, Recordings]:
 
 
 def by_voice(recordings: Recordings) -> dict[str, Recordings]:
-    """One voice is the test and one is dev, the first two in the order of a hash of their names."""
-    voices = sorted({r.group for r in recordings}, key=lambda voice: hashlib.sha256(f"voice:{voice}".encode()).digest())
-    if len(voices) < 3:
-        raise AudioError(f"speech must hold at least three voices to hold two out, got {len(voices)}")
-    side = {voice: "train" for voice in voices} | {voices[0]: "test", voices[1]: "dev"}
+    """One voice is the test and one is dev: see data.voice_sides."""
+    side = voice_sides(recording.group for recording in recordings)
     return {split: like(recordings, [r for r in recordings if side[r.group] == split]) for split in SPLITS}
 
 

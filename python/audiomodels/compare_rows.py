@@ -74,7 +74,7 @@ PROTOCOLS = {
         Protocol(
             name="compact",
             sample_rate=8000,
-            batch=8,
+            batch=2,
             length=1600,
             targets=20_480_000,
             wavenet={"residual_channels": 32, "skip_channels": 64, "head_channels": 64},

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def trivial_units(train: Any, test: Any, *, sight: int, max_targets: int) -> dic
     """Sums by unit of every trivial predictor, counted on train, on the targets of `model_units`."""
     blocks = seen_blocks(test, sight, max_targets)
     rows = predictors.fitted(train, test)
-    return {name: sums_by_unit(test, blocks, (row(*block) for block in blocks)) for name, row in rows.items()}
+    return {name: sums_by_unit(test, blocks, starmap(row, blocks)) for name, row in rows.items()}
 
 
 def seen_blocks(recordings: Any, sight: int, max_targets: int) -> list[Block]:

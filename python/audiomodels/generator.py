@@ -135,6 +135,10 @@ class Generator(Pretrained):
         for first in range(start, total, block):
             yield draw(first, min(first + block, total))
 
+    def to_codes(self, codes: Tensor) -> Tensor:
+        """What `generate` gives as codes 0 .. n_class - 1 (they differ for 16-bit PCM alone)."""
+        return codes
+
     @property
     def _device(self) -> torch.device:
         return next(self.parameters()).device
