@@ -22,7 +22,7 @@ SPLITS = ("train", "dev", "test")
 
 @dataclass(frozen=True)
 class Data:
-    """A part of a corpus in one companding. digest: SHA-256 of names, splits and codes."""
+    """A part of a corpus in one companding. digest: SHA-256 of codes, groups and splits."""
 
     part: str
     train: Recordings
@@ -107,7 +107,7 @@ def _read(path: Path, part: str, companding: str, sample_rate: int) -> Data:
     except (OSError, ValueError, KeyError) as error:
         raise AudioError(f"{path}: not the data of a comparison ({error}); remove it to make it again") from error
     digest = hashlib.sha256(codes.tobytes())
-    digest.update(repr([offsets.tolist(), names, groups, splits, companding, sample_rate]).encode())
+    digest.update(repr([offsets.tolist(), groups, splits, companding, sample_rate]).encode())
     codes, sides = torch.from_numpy(codes), {split: [] for split in SPLITS}
     for i, split in enumerate(splits):
         sides[split].append(Recording(names[i], codes[offsets[i] : offsets[i + 1]], groups[i]))
