@@ -11,12 +11,16 @@ from audiokernels.haar_levels import haar_levels
 from audiokernels.haar_pool import haar_pool, haar_pool_
 from audiokernels.haar_pool_update import haar_pool_state, haar_pool_update
 from audiokernels.philox import philox_uniform
+from audiokernels.transformer_generate import transformer_generate, transformer_position, transformer_state
+from audiokernels.transformer_pack import TransformerPack, TransformerShape, transformer_pack
 from audiokernels.wavenet_generate import wavenet_generate, wavenet_position, wavenet_state
 from audiokernels.wavenet_pack import WaveNetPack, WaveNetShape, wavenet_pack, wavenet_unpack
 from audiokernels.wavenet_stream import WaveNetStream
 
 __all__ = [
     "Explanation",
+    "TransformerPack",
+    "TransformerShape",
     "WaveNetPack",
     "WaveNetShape",
     "WaveNetStream",
@@ -34,6 +38,10 @@ __all__ = [
     "haar_pool_update",
     "kv_cache_update",
     "philox_uniform",
+    "transformer_generate",
+    "transformer_pack",
+    "transformer_position",
+    "transformer_state",
     "wavenet_generate",
     "wavenet_pack",
     "wavenet_position",

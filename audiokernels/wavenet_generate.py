@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from audiokernels._generation import HEADER, check_generation, draw, fresh_state, position_of, write_header
 from audiokernels._library import C, C_error, lib
+from audiokernels._packing import LANES, round_up
 from audiokernels.backends import REFERENCE, Explanation, describe
-from audiokernels.wavenet_pack import LANES, WaveNetPack, WaveNetShape, round_up, wavenet_unpack
+from audiokernels.wavenet_pack import WaveNetPack, WaveNetShape, wavenet_unpack
 
 lib.define(
     "wavenet_generate(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
     "Tensor? condition, float temperature, bool return_logits) -> (Tensor, Tensor)"
 )
-
-HEADER = 16  # floats before the rings: position % 2^20, position // 2^20, last code, unused
-_POSITION_BASE = 1 << 20
 
 
 def state_floats(shape: WaveNetShape) -> int:
@@ -41,23 +40,12 @@ def wavenet_state(pack: WaveNetPack, batch: int) -> Tensor:
     """
     if not isinstance(pack, WaveNetPack):
         raise TypeError(f"pack must be a WaveNetPack, got {type(pack).__name__}")
-    if not isinstance(batch, int) or batch < 0:
-        raise ValueError(f"batch must be an integer >= 0, got {batch!r}")
-    state = torch.zeros(batch, state_floats(pack.shape), device=pack.data.device)
-    state[:, 2] = pack.shape.n_class // 2
-    return state
+    return fresh_state(pack, batch, state_floats(pack.shape))
 
 
 def wavenet_position(state: Tensor) -> Tensor:
     """Samples that each stream of a state has behind it: int64 (batch,)."""
-    return state[:, 0].to(torch.int64) + _POSITION_BASE * state[:, 1].to(torch.int64)
-
-
-def condition_frames(shape: WaveNetShape, state: Tensor, n: int) -> int:
-    """Frames of condition that the next n samples touch, counted from the frame that holds the position."""
-    if n == 0 or state.shape[0] == 0:
-        return 0
-    return int((wavenet_position(state) % shape.hop + n - 1).max()) // shape.hop + 1
+    return position_of(state)
 
 
 def wavenet_generate(
@@ -112,68 +100,7 @@ def check_call(pack, state, uniforms, codes, condition, temperature) -> None:
     """Raise TypeError or ValueError for the first argument that breaks a rule of wavenet_generate."""
     if not isinstance(pack, WaveNetPack):
         raise TypeError(f"pack must be a WaveNetPack, got {type(pack).__name__}")
-    shape, device = pack.shape, pack.data.device
-    if pack.data.dtype != torch.uint8 or tuple(pack.data.shape) != (shape.pack_bytes(),):
-        came = f"{pack.data.dtype} of shape {tuple(pack.data.shape)}"
-        raise ValueError(f"pack must hold {shape.pack_bytes()} bytes as wavenet_pack made them, got {came}")
-    tensors = {"state": state, "uniforms": uniforms, "codes": codes, "condition": condition}
-    for name, tensor in tensors.items():
-        if tensor is None and name in ("codes", "condition"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if name == "codes":
-            if tensor.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
-                raise TypeError(f"codes must be uint8, int16, int32 or int64, got {tensor.dtype}")
-        elif tensor.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32, got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name} must be on the pack's device {device}, got {tensor.device}")
-        ndim = 3 if name == "condition" else 2
-        if tensor.ndim != ndim:
-            raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
-    batch, n = uniforms.shape
-    if state.shape != (batch, state_floats(shape)):
-        expected = (batch, state_floats(shape))
-        raise ValueError(f"state must have shape {expected} for this pack and uniforms, got {tuple(state.shape)}")
-    if state.numel() and state.stride(1) != 1:
-        raise ValueError(f"state must be contiguous along its last dimension, got strides {state.stride()}")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
-    if uniforms.numel() and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
-        worst = uniforms[~((uniforms >= 0) & (uniforms < 1))][0].item()
-        raise ValueError(f"uniforms must be in [0, 1), got {worst}")
-    if codes is not None:
-        if codes.shape[0] != batch or codes.shape[1] > n:
-            raise ValueError(f"codes must have shape ({batch}, m <= {n}), got {tuple(codes.shape)}")
-        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < shape.n_class):
-            raise ValueError(f"codes must be in 0 .. {shape.n_class - 1}, got {int(codes.min())} .. {int(codes.max())}")
-    header = state[:, :3]
-    if header.numel() and not bool(((header >= 0) & (header == header.floor()) & (header < 2**24)).all()):
-        raise ValueError("state must come from wavenet_state: its header does not hold a position and a code")
-    if header.numel() and (float(header[:, 2].max()) >= shape.n_class or float(header[:, 0].max()) >= _POSITION_BASE):
-        raise ValueError(
-            f"state must belong to a pack of {shape.n_class} classes, got code {float(header[:, 2].max())}"
-        )
-    if (condition is None) != (shape.condition == 0):
-        came = "None" if condition is None else f"shape {tuple(condition.shape)}"
-        raise ValueError(f"condition must be given exactly for a pack with condition channels, got {came}")
-    if condition is not None:
-        expected = (batch, condition_frames(shape, state, n), shape.condition)
-        if tuple(condition.shape) != expected:
-            raise ValueError(f"condition must have shape {expected} (hop {shape.hop}), got {tuple(condition.shape)}")
-
-
-def _draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Inverse CDF in float32: the first class whose cumulative probability exceeds the uniform number."""
-    if temperature == 0:
-        return logits.argmax(1)
-    p = torch.exp((logits - logits.amax(1, keepdim=True)) * (1 / temperature))
-    cdf = p.cumsum(1)
-    total = cdf[:, -1:]
-    return torch.minimum((cdf <= uniform[:, None] * total).sum(1), (cdf < total).sum(1))
+    check_generation("wavenet", pack, state_floats(pack.shape), state, uniforms, codes, condition, temperature)
 
 
 def wavenet_generate_ref(
@@ -197,7 +124,7 @@ def wavenet_generate_ref(
     w = wavenet_unpack(data, shape)
     forced = 0 if codes is None else codes.shape[1]
     rows, row_floats = torch.arange(batch, device=data.device), round_up(shape.residual, LANES)
-    position, code = wavenet_position(state), state[:, 2].to(torch.int64)
+    position, code = position_of(state), state[:, 2].to(torch.int64)
     start, taps = position.clone(), range(shape.width - 1)
     lengths = [(shape.width - 1) * d for d in shape.dilations]
     rings = [
@@ -224,12 +151,12 @@ def wavenet_generate_ref(
                 x = x + F.linear(h, w["res_weight"][layer], w["res_bias"][layer])
         head = F.relu(F.linear(F.relu(skip), w["head_weight"], w["head_bias"]))
         logits = F.linear(head, w["out_weight"], w["out_bias"])
-        code = codes[:, t].to(torch.int64) if t < forced else _draw(logits, uniforms[:, t], temperature)
+        code = codes[:, t].to(torch.int64) if t < forced else draw(logits, uniforms[:, t], temperature)
         out[:, t] = code.to(out.dtype)
         if return_logits:
             logits_out[:, t] = logits
         position = position + 1
-    state[:, 0], state[:, 1], state[:, 2] = position % _POSITION_BASE, position // _POSITION_BASE, code
+    write_header(state, position, code)
     return out, logits_out
 
 

@@ -1,7 +1,6 @@
 """WaveNet weights in the order in which a generation step streams them.
 
-A pack is one uint8 tensor. Every matrix is stored transposed, outputs in lanes (rows padded to 16), inputs ascending,
-so that one pass over memory computes one sample and no horizontal sum is ever needed:
+A pack is one uint8 tensor:
 
     embedding   float32 (n_class, R16)
     condition   float32 (n_layer, C, Z)                  with condition_channels C > 0 only
@@ -9,14 +8,8 @@ so that one pass over memory computes one sample and no horizontal sum is ever n
                 mix:  H inputs -> M outputs, M = R16 + S16 (residual | skip); the last layer has the skip part alone
     head, out   S -> D, D -> n_class
 
-    matrix      bias float32 (rows16), then
-                float32:  (taps, K, rows16)
-                bfloat16: (taps, K / 2, rows16, 2)       K padded to even
-                int8:     scale float32 (taps, rows16), offset int32 (taps, rows16), (taps, K / 4, rows16, 4)
-                          K padded to a multiple of 4; offset = -128 * sum of the row, for kernels that feed
-                          the activations as unsigned bytes
-
-X16 is X rounded up to a multiple of 16; padding is zero. csrc/wavenet_generate.h reads the same layout.
+A matrix is laid out as in audiokernels/_packing.py. X16 is X rounded up to a multiple of 16; padding is zero.
+csrc/wavenet_generate.h reads the same layout.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,14 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LANES = 16
-DTYPES = (torch.float32, torch.bfloat16, torch.int8)
-GROUP = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs that lie side by side in one 32-bit lane
-MAX_INPUTS = 65536  # 255 * 127 * inputs stays below 2^31
-
-
-def round_up(value: int, multiple: int) -> int:
-    return (value + multiple - 1) // multiple * multiple
+from audiokernels._packing import (
+    DTYPES,
+    LANES,
+    MAX_INPUTS,
+    matrix_bytes,
+    pack_matrix,
+    pad,
+    round_up,
+    to_bytes,
+    unpack_matrix,
+)
 
 
 @dataclass(frozen=True)
@@ -77,18 +73,13 @@ class WaveNetShape:
         yield "head", round_up(self.head, LANES), 1, self.skip
         yield "out", round_up(self.n_class, LANES), 1, self.head
 
-    def matrix_bytes(self, rows: int, taps: int, inputs: int) -> int:
-        group = GROUP[self.dtype]
-        scales = 8 * taps * rows if self.dtype == torch.int8 else 0
-        return 4 * rows + scales + taps * round_up(inputs, group) // group * rows * 4
-
     def table_floats(self) -> tuple[int, int]:
         """float32 numbers in the embedding and in the condition table."""
         condition = len(self.dilations) * self.condition * 2 * round_up(self.hidden, LANES)
         return self.n_class * round_up(self.residual, LANES), condition
 
     def pack_bytes(self) -> int:
-        return 4 * sum(self.table_floats()) + sum(self.matrix_bytes(*m[1:]) for m in self.matrices())
+        return 4 * sum(self.table_floats()) + sum(matrix_bytes(self.dtype, *m[1:]) for m in self.matrices())
 
     def macs(self) -> int:
         """Multiply-accumulates of one sample of one stream, padding and condition left out."""
@@ -106,47 +97,6 @@ class WaveNetPack:
 
     def to(self, device: torch.device | str) -> "WaveNetPack":
         return WaveNetPack(self.data.to(device), self.shape)
-
-
-def _pad(x: Tensor, dim: int, multiple: int) -> Tensor:
-    missing = round_up(x.shape[dim], multiple) - x.shape[dim]
-    if missing == 0:
-        return x
-    shape = list(x.shape)
-    shape[dim] = missing
-    return torch.cat([x, x.new_zeros(shape)], dim)
-
-
-def _to_bytes(x: Tensor) -> Tensor:
-    return x.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _pack_matrix(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """weight (rows, taps, inputs), bias (rows,), rows a multiple of 16 -> the matrix's sections as bytes."""
-    group = GROUP[dtype]
-    weight = _pad(weight, 2, group)
-    rows, taps, inputs = weight.shape
-    sections = [bias]
-    if dtype == torch.int8:
-        scale = weight.abs().amax(2).T.contiguous() / 127
-        quantized = (weight / torch.where(scale > 0, scale, 1).T[:, :, None]).round().clamp(-127, 127)
-        sections += [scale, (-128 * quantized.sum(2)).to(torch.int32).T]
-        weight = quantized
-    lanes = weight.permute(1, 2, 0).reshape(taps, inputs // group, group, rows).transpose(2, 3)
-    return [_to_bytes(section) for section in (*sections, lanes.to(dtype))]
-
-
-def _unpack_matrix(data: Tensor, rows: int, taps: int, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The inverse of _pack_matrix in float32: weight (rows, taps, inputs) as the kernel sees it, bias (rows,)."""
-    group = GROUP[dtype]
-    scales = 4 * taps * rows if dtype == torch.int8 else 0
-    parts = data.split([4 * rows, scales, scales, data.numel() - 4 * rows - 2 * scales])
-    bias = parts[0].view(torch.float32)
-    lanes = parts[3].view(dtype).reshape(taps, -1, rows, group).to(torch.float32)
-    weight = lanes.permute(2, 0, 1, 3).reshape(rows, taps, -1)[:, :, :inputs]
-    if dtype == torch.int8:
-        weight = weight * parts[1].view(torch.float32).reshape(taps, rows).T[:, :, None]
-    return weight, bias
 
 
 def wavenet_pack(
@@ -178,23 +128,23 @@ def wavenet_pack(
     n_layer, hidden = len(shape.dilations), shape.hidden
 
     def gate_rows(x: Tensor) -> Tensor:  # pads the tanh and the sigmoid half apart
-        return _pad(x.unflatten(0, (2, hidden)), 1, LANES).flatten(0, 1)
+        return pad(x.unflatten(0, (2, hidden)), 1, LANES).flatten(0, 1)
 
-    parts = [_to_bytes(_pad(w["embedding"], 1, LANES))]
+    parts = [to_bytes(pad(w["embedding"], 1, LANES))]
     if shape.condition:
-        parts.append(_to_bytes(torch.stack([gate_rows(layer).T for layer in w["condition_weight"]])))
+        parts.append(to_bytes(torch.stack([gate_rows(layer).T for layer in w["condition_weight"]])))
     for layer in range(n_layer):
         conv = gate_rows(w["conv_weight"][layer]).transpose(1, 2)
-        parts += _pack_matrix(conv, gate_rows(w["conv_bias"][layer]), dtype)
-        mix = [_pad(w["skip_weight"][layer], 0, LANES)]
-        bias = [_pad(w["skip_bias"][layer], 0, LANES)]
+        parts += pack_matrix(conv, gate_rows(w["conv_bias"][layer]), dtype)
+        mix = [pad(w["skip_weight"][layer], 0, LANES)]
+        bias = [pad(w["skip_bias"][layer], 0, LANES)]
         if layer + 1 < n_layer:
-            mix.insert(0, _pad(w["res_weight"][layer], 0, LANES))
-            bias.insert(0, _pad(w["res_bias"][layer], 0, LANES))
-        parts += _pack_matrix(torch.cat(mix)[:, None], torch.cat(bias), dtype)
+            mix.insert(0, pad(w["res_weight"][layer], 0, LANES))
+            bias.insert(0, pad(w["res_bias"][layer], 0, LANES))
+        parts += pack_matrix(torch.cat(mix)[:, None], torch.cat(bias), dtype)
     for name in ("head", "out"):
-        weight, bias_ = _pad(w[f"{name}_weight"], 0, LANES), _pad(w[f"{name}_bias"], 0, LANES)
-        parts += _pack_matrix(weight[:, None], bias_, dtype)
+        weight, bias_ = pad(w[f"{name}_weight"], 0, LANES), pad(w[f"{name}_bias"], 0, LANES)
+        parts += pack_matrix(weight[:, None], bias_, dtype)
     return WaveNetPack(torch.cat(parts), shape)
 
 
@@ -202,10 +152,10 @@ def wavenet_unpack(data: Tensor, shape: WaveNetShape) -> dict[str, Tensor]:
     """The float32 weights that a pack holds (rounded to its dtype), under the names of wavenet_pack."""
     matrices = {name: (rows, taps, inputs) for name, rows, taps, inputs in shape.matrices()}
     n_embedding, n_condition = shape.table_floats()
-    sizes = [4 * n_embedding, 4 * n_condition, *(shape.matrix_bytes(*m) for m in matrices.values())]
+    sizes = [4 * n_embedding, 4 * n_condition, *(matrix_bytes(shape.dtype, *m) for m in matrices.values())]
     embedding, condition, *sections = data.split(sizes)
     unpacked = {
-        name: _unpack_matrix(section, *m, shape.dtype)
+        name: unpack_matrix(section, *m, shape.dtype)
         for (name, m), section in zip(matrices.items(), sections, strict=True)
     }
     layers, hidden = range(len(shape.dilations)), shape.hidden

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from audiokernels._generation import condition_frames
 from audiokernels._library import C
 from audiokernels.philox import philox_uniform
 from audiokernels.wavenet_generate import (
     check_call,
-    condition_frames,
     wavenet_generate,
     wavenet_position,
     wavenet_state,

@@ -139,7 +139,7 @@ def test_plot_filters(call, model, tmp_path):
 @pytest.mark.parametrize(
     ("words", "rule"),
     [
-        (["train", "x", "--model", "alexnet"], "--model must be one of wavenet, audio_transformer, cnn; got alexnet"),
+        (["train", "x", "--model", "alexnet"], "audio_transformer, cnn; got alexnet"),
         (["train", "x", "--model"], "got nothing"),
         (["train", "MISSING", "--model", "audio_transformer", "--out", "OUT"], "must hold FSD50K.ground_truth"),
         (["train", "FSD", "--model", "cnn", "--out", "OUT", "--model.n-class", "3"], "come from the data"),

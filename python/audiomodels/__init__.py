@@ -15,6 +15,8 @@ _HOME = {
     "TagCrops": "tag_data",
     "Mixtures": "tag_data",
     "Tagging": "tagging",
+    "SampleTransformer": "sample_transformer",
+    "SampleTransformerConfig": "sample_transformer",
     "WaveNet": "wavenet",
     "WaveNetConfig": "wavenet",
     "AudioError": "audio",

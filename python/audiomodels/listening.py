@@ -14,6 +14,7 @@ from audiomodels._optional import require
 from audiomodels.audio import read_audio
 from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
 from audiomodels.cnn import CNN, CNNConfig
+from audiomodels.compare_taggers import CompareTaggersConfig, TaggerComparison
 from audiomodels.data import clips, rows_of
 from audiomodels.pretrained import ModelError, read_config
 from audiomodels.tag_data import training_data
@@ -52,14 +53,15 @@ class _TrainTagger:
         if config.labels or config.n_class != TaggerConfig.n_class:
             raise ValueError("--model.labels and --model.n-class come from the data")
         rate = config.sample_rate
-        crops, dev = training_data(self.data, self.part, rate, batch=self.training.batch, seed=self.training.seed)
+        kind, train, dev = training_data(self.data, self.part, rate)
         config = dataclasses.replace(config, n_class=len(dev.names), labels=dev.names)
         training = dataclasses.replace(self.training, length=rate)
         torch.manual_seed(training.seed)
         model = {AudioTransformerConfig: AudioTransformer, CNNConfig: CNN}[type(config)](config)
         count = sum(p.numel() for p in model.parameters())
-        print(f"{count:,} parameters; {config.n_class} labels; training on {crops.clips.seconds:,.0f} s in "
-              f"{len(crops.clips):,} clips; held out: dev, {len(dev):,} clips")  # fmt: skip
+        print(f"{count:,} parameters; {config.n_class} labels; training on {train.seconds:,.0f} s in "
+              f"{len(train):,} clips; held out: dev, {len(dev):,} clips")  # fmt: skip
+        crops = kind(train, batch=training.batch, seed=training.seed)
         history = fit(model, crops, training, valid=dev, task=Tagging())
         if checkpoint.distributed() and torch.distributed.get_rank() > 0:
             return  # rank 0 scores and writes
@@ -237,6 +239,18 @@ class PlotFilters:
             print(self.out / "filters_curves.png")
 
 
+@dataclass
+class CompareTaggers(CompareTaggersConfig):
+    """Train every tagger of the comparison the same way, and say which orders the results allow.
+
+    Rows: CNN baselines; transformers of 3 and 6 layers; average pooling, Haar pooling, both, and controls. Into OUT go
+    runs, taggers.json, .md and .png. The same command again goes on where it was stopped.
+    """
+
+    def run(self) -> None:
+        TaggerComparison(self).run()
+
+
 def _short_names(folders: tuple[Path, ...]) -> list[str]:
     """A name for each folder: runs/tags/model is "tags"."""
     names = []
@@ -249,4 +263,4 @@ def _short_names(folders: tuple[Path, ...]) -> list[str]:
 
 
 TRAIN = {"audio_transformer": TrainAudioTransformer, "cnn": TrainCNN}
-COMMANDS = {"tag": Tag, "spectrogram": Spectrogram, "plot-filters": PlotFilters}
+COMMANDS = {"tag": Tag, "spectrogram": Spectrogram, "plot-filters": PlotFilters, "compare-taggers": CompareTaggers}

@@ -158,3 +158,21 @@ def bars(axis: Axes, values: Mapping[str, float], unit: str, *, log: bool = Fals
                       fontsize=9)  # fmt: skip
     axis.set_xlabel(unit)
     axis.tick_params(axis="y", length=0, labelsize=9)
+
+
+def curves(
+    axis: Axes,
+    series: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    unit: str,
+    lines: Mapping[str, float] | None = None,
+) -> None:
+    """Several (x, bits) curves of each name in one colour; `lines` are levels to compare with."""
+    colors = require("matplotlib").colormaps["tab20"].colors
+    for (name, runs), color in zip(series.items(), colors * 3, strict=False):
+        for i, (x, y) in enumerate(runs):
+            axis.plot(x, y, color=color, linewidth=1.2, marker=".", markersize=3, label=name if i == 0 else None)
+    for name, value in (lines or {}).items():
+        axis.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=name)
+    axis.set(xlabel=unit, ylabel="bits per sample")
+    if series or lines:
+        axis.legend(fontsize=7, frameon=False, ncols=2)

@@ -102,14 +102,15 @@ class TagClips:
         return cls([audio for audio, _ in read], labels, names, sample_rate, tuple(group for _, _, group in rows))
 
 
-def training_data(
-    source: str | os.PathLike, part: str, sample_rate: int, *, batch: int, seed: int
-) -> tuple[TagCrops, TagClips]:
-    """(batches to train on, dev) of FSD50K, or of the corpus's tags (from tags_src, mixed afresh) or pitch."""
+def training_data(source: str | os.PathLike, part: str, sample_rate: int) -> tuple[type[TagCrops], TagClips, TagClips]:
+    """(how to draw batches, the clips to draw them from, dev) of FSD50K, or of the corpus's tags or pitch.
+
+    The corpus's tags are mixed afresh from tags_src.
+    """
     mixed = part == "tags" and not (Path(source) / "FSD50K.ground_truth").is_dir()
     train = TagClips.load(source, split="train", part="tags_src" if mixed else part, sample_rate=sample_rate)
     dev = TagClips.load(source, split="dev", part=part, sample_rate=sample_rate)
-    return (Mixtures if mixed else TagCrops)(train, batch=batch, seed=seed), dev
+    return Mixtures if mixed else TagCrops, train, dev
 
 
 def _read(file: Path, sample_rate: int) -> tuple[Tensor, int]:

@@ -1,6 +1,8 @@
 """One training loop and one yardstick for every model of this project.
 
 A generator is `model(codes (batch, time)) -> logits (batch, time, n_class)`, logits[:, t] predicting codes[:, t + 1].
+One whose prediction is not a single softmax (WaveRNN) takes `targets` too and says how its logits are read: `log_prob`,
+`ranked`.
 `fit` minimises the cross-entropy of the last `length` codes of each crop with AdamW; `evaluate` gives bits per sample,
 top-1 and top-5 accuracy over the same target positions whatever the model. A model that does something else is trained
 by the same loop with a task of its own: `NextCode` shows the members of one, tagging.Tagging is another.
@@ -140,15 +142,16 @@ class History:
 # --- evaluation ---------------------------------------------------------------------------------------------------
 
 
-def target_blocks(recordings: Any, max_targets: int | None = None) -> list[tuple[int, int, int]]:
+def target_blocks(recordings: Any, max_targets: int | None = None, *, first: int = 0) -> list[tuple[int, int, int]]:
     """The scored positions: (recording, start, stop) blocks, the same for every model and predictor.
 
-    All samples of all recordings, or, above `max_targets`, that many in whole blocks spread evenly over them.
+    All samples of all recordings from their sample `first` on, or, above `max_targets`, that many in whole blocks
+    spread evenly over them.
     """
     blocks = [
         (i, start, min(start + BLOCK, len(recording.codes)))
         for i, recording in enumerate(recordings)
-        for start in range(0, len(recording.codes), BLOCK)
+        for start in range(first, len(recording.codes), BLOCK)
     ]
     total = sum(stop - start for _, start, stop in blocks)
     if max_targets is None or total <= max_targets:
@@ -192,7 +195,6 @@ def ranks(scores: Tensor, targets: Tensor) -> Tensor:
     return scores.shape[-1] - 1 - ((scores < mine) | ((scores == mine) & later)).sum(-1)
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, recordings: Any, *, context: int, batch: int = 8, max_targets: int | None = None
 ) -> Scores:
@@ -201,38 +203,73 @@ def evaluate(
     Every target is preceded by at least `context` samples of its recording; before a recording there is n_class // 2.
     batch: windows of BLOCK targets at a time. A model whose config has n_label is given the recordings' labels.
     """
+    tally = Tally()
+    for log_p, rank in score_blocks(model, recordings, target_blocks(recordings, max_targets), context, batch):
+        tally.add(log_p, rank)
+    return tally.scores()
+
+
+@torch.no_grad()
+def score_blocks(
+    model: nn.Module, recordings: Any, blocks: list[tuple[int, int, int]], context: int, batch: int = 8
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(log-probabilities, ranks) of the targets of each (recording, start, stop) block; see `evaluate`."""
     if context < 0 or batch < 1:
         raise ValueError(f"context must be at least 0 and batch at least 1, got {context} and {batch}")
     device = next(model.parameters()).device
     labels = recordings.labels if getattr(getattr(model, "config", None), "n_label", 0) else None
-    blocks = target_blocks(recordings, max_targets)
-    tally, was_training = Tally(), model.training
+    was_training = model.training
     model.eval()
     try:
         for first in range(0, len(blocks), batch):
             part = blocks[first : first + batch]
-            longest = max(stop - start for _, start, stop in part)
-            rows = torch.full((len(part), context + 1 + longest), recordings.n_class // 2)
-            scored = torch.zeros(len(part), longest, dtype=torch.bool)
+            sizes = [stop - start for _, start, stop in part]
+            rows = torch.full((len(part), context + 1 + max(sizes)), recordings.n_class // 2)
+            scored = torch.zeros(len(part), max(sizes), dtype=torch.bool)
             for row, mask, (index, start, stop) in zip(rows, scored, part, strict=True):
                 begin = max(0, start - context - 1)
                 row[context + 1 - (start - begin) :][: stop - begin] = recordings[index].codes[begin:stop].long()
                 mask[: stop - start] = True
             extra = {} if labels is None else {"label": labels[[index for index, _, _ in part]].to(device)}
             rows, scored = rows.to(device), scored.to(device)
-            log_p = predict(model, rows[:, :-1], longest, extra)[scored].float().log_softmax(-1)
-            targets = rows[:, context + 1 :][scored][:, None]
-            tally.add(log_p.gather(-1, targets), ranks(log_p, targets[:, 0]))
+            targets = rows[:, context + 1 :]
+            logits, targets = predict(model, rows[:, :-1], targets, extra)[scored].float(), targets[scored]
+            log_p = log_prob(model, logits, targets).split(sizes)
+            yield from zip(log_p, ranks(*ranked(model, logits, targets)).split(sizes), strict=True)
     finally:
         model.train(was_training)
-    return tally.scores()
 
 
-def predict(model: nn.Module, codes: Tensor, length: int, extra: dict[str, Tensor]) -> Tensor:
-    """The last `length` logits of model(codes); a forward that takes `length=` need not compute the others."""
-    if "length" in inspect.signature(checkpoint.unwrap(model).forward).parameters:
-        return model(codes, length=length, **extra)
-    return model(codes, **extra)[:, -length:]
+def predict(model: nn.Module, codes: Tensor, targets: Tensor, extra: dict[str, Tensor]) -> Tensor:
+    """Logits (batch, n, ...) of `targets`, the codes (batch, n) that follow the last n of `codes`.
+
+    A forward that takes `length=` need not compute the others; one that takes `targets=` needs them for its prediction.
+    """
+    takes, n = inspect.signature(checkpoint.unwrap(model).forward).parameters, targets.shape[1]
+    if "targets" in takes:
+        return model(codes, targets=targets, **extra)
+    return model(codes, length=n, **extra) if "length" in takes else model(codes, **extra)[:, codes.shape[1] - n :]
+
+
+def log_prob(model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+    """Natural log-probabilities (...,) of targets (...,) under the logits (..., n) of `model`."""
+    own = getattr(checkpoint.unwrap(model), "log_prob", None)
+    if own is not None:
+        return own(logits, targets)
+    return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+
+def cross_entropy(model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -log_prob."""
+    if hasattr(checkpoint.unwrap(model), "log_prob"):
+        return -log_prob(model, logits, targets).mean()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # one kernel
+
+
+def ranked(model: nn.Module, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (..., n) and targets (...,) whose ranks are the top-1 and top-5 of `model`."""
+    own = getattr(checkpoint.unwrap(model), "ranked", None)
+    return (logits, targets) if own is None else own(logits, targets)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -255,8 +292,8 @@ class NextCode:
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, extra: dict[str, Tensor]) -> Tensor:
         """Mean loss of some rows, in nats; called under autocast where that is asked for."""
-        logits = predict(model, inputs.long(), targets.shape[1], extra)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().long())
+        inputs, targets = inputs.long(), targets.long()
+        return cross_entropy(model, predict(model, inputs, targets, extra).float(), targets)
 
     def evaluate(self, model: nn.Module, valid: Any, config: TrainConfig) -> Scores:
         """Scores of `model` on what fit was given as `valid`."""
@@ -430,7 +467,8 @@ class _Run:
 
     def validate(self, valid: Any) -> Any:
         """Score the model, and lower the learning rate of the plateau schedule where that is due."""
-        scores = self.task.evaluate(checkpoint.unwrap(self.model), valid, self.config)
+        model = checkpoint.unwrap(self.model)
+        scores = valid(model, self.step) if callable(valid) else self.task.evaluate(model, valid, self.config)
         plateau = self.plateau
         if plateau["best"] is None or scores.bits < plateau["best"]:
             plateau.update(best=scores.bits if math.isfinite(scores.bits) else None, waited=0)

@@ -1,0 +1,108 @@
+"""What the generators share: the head of a state, the drawing rule, and the checks of a call.
+
+A state is one float32 tensor (batch, n): position % 2^20, position // 2^20, last code, 13 unused numbers, then what the
+generator remembers. csrc/generation.h has the same constants.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HEADER = 16
+POSITION_BASE = 1 << 20
+
+
+def fresh_state(pack: Any, batch: int, floats: int) -> Tensor:
+    """float32 (batch, floats) on the pack's device: position 0, last code n_class // 2, the rest zero."""
+    if not isinstance(batch, int) or batch < 0:
+        raise ValueError(f"batch must be an integer >= 0, got {batch!r}")
+    state = torch.zeros(batch, floats, device=pack.data.device)
+    state[:, 2] = pack.shape.n_class // 2
+    return state
+
+
+def position_of(state: Tensor) -> Tensor:
+    """Samples that each stream of a state has behind it: int64 (batch,)."""
+    return state[:, 0].to(torch.int64) + POSITION_BASE * state[:, 1].to(torch.int64)
+
+
+def write_header(state: Tensor, position: Tensor, code: Tensor) -> None:
+    """Put position and last code, (batch,) each, into a state."""
+    state[:, 0], state[:, 1], state[:, 2] = position % POSITION_BASE, position // POSITION_BASE, code
+
+
+def condition_frames(shape: Any, state: Tensor, n: int) -> int:
+    """Frames of condition that the next n samples touch, counted from the frame that holds the position."""
+    if n == 0 or state.shape[0] == 0:
+        return 0
+    return int((position_of(state) % shape.hop + n - 1).max()) // shape.hop + 1
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Inverse CDF in float32: the first class whose cumulative probability exceeds the uniform number."""
+    if temperature == 0:
+        return logits.argmax(1)
+    p = torch.exp((logits - logits.amax(1, keepdim=True)) * (1 / temperature))
+    cdf = p.cumsum(1)
+    total = cdf[:, -1:]
+    return torch.minimum((cdf <= uniform[:, None] * total).sum(1), (cdf < total).sum(1))
+
+
+def check_generation(room, pack, floats, state, uniforms, codes, condition, temperature) -> None:
+    """Raise TypeError or ValueError for the first argument of <room>_generate that breaks a rule.
+
+    floats: numbers of a row of state. The pack's shape has n_class, condition (channels), hop and pack_bytes().
+    """
+    shape, device = pack.shape, pack.data.device
+    if pack.data.dtype != torch.uint8 or tuple(pack.data.shape) != (shape.pack_bytes(),):
+        came = f"{pack.data.dtype} of shape {tuple(pack.data.shape)}"
+        raise ValueError(f"pack must hold {shape.pack_bytes()} bytes as {room}_pack made them, got {came}")
+    tensors = {"state": state, "uniforms": uniforms, "codes": codes, "condition": condition}
+    for name, tensor in tensors.items():
+        if tensor is None and name in ("codes", "condition"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if name == "codes":
+            if tensor.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
+                raise TypeError(f"codes must be uint8, int16, int32 or int64, got {tensor.dtype}")
+        elif tensor.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the pack's device {device}, got {tensor.device}")
+        ndim = 3 if name == "condition" else 2
+        if tensor.ndim != ndim:
+            raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
+    batch, n = uniforms.shape
+    if state.shape != (batch, floats):
+        expected = (batch, floats)
+        raise ValueError(f"state must have shape {expected} for this pack and uniforms, got {tuple(state.shape)}")
+    if state.numel() and state.stride(1) != 1:
+        raise ValueError(f"state must be contiguous along its last dimension, got strides {state.stride()}")
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
+    if uniforms.numel() and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+        worst = uniforms[~((uniforms >= 0) & (uniforms < 1))][0].item()
+        raise ValueError(f"uniforms must be in [0, 1), got {worst}")
+    if codes is not None:
+        if codes.shape[0] != batch or codes.shape[1] > n:
+            raise ValueError(f"codes must have shape ({batch}, m <= {n}), got {tuple(codes.shape)}")
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < shape.n_class):
+            raise ValueError(f"codes must be in 0 .. {shape.n_class - 1}, got {int(codes.min())} .. {int(codes.max())}")
+    header = state[:, :3]
+    if header.numel() and not bool(((header >= 0) & (header == header.floor()) & (header < 2**24)).all()):
+        raise ValueError(f"state must come from {room}_state: its header does not hold a position and a code")
+    if header.numel() and (float(header[:, 2].max()) >= shape.n_class or float(header[:, 0].max()) >= POSITION_BASE):
+        raise ValueError(
+            f"state must belong to a pack of {shape.n_class} classes, got code {float(header[:, 2].max())}"
+        )
+    if (condition is None) != (shape.condition == 0):
+        came = "None" if condition is None else f"shape {tuple(condition.shape)}"
+        raise ValueError(f"condition must be given exactly for a pack with condition channels, got {came}")
+    if condition is not None:
+        expected = (batch, condition_frames(shape, state, n), shape.condition)
+        if tuple(condition.shape) != expected:
+            raise ValueError(f"condition must have shape {expected} (hop {shape.hop}), got {tuple(condition.shape)}")

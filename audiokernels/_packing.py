@@ -1,0 +1,74 @@
+"""Matrices in the order in which a generation step streams them; shared by the packs of all generators.
+
+A matrix is stored transposed, outputs in lanes (rows padded to 16), inputs ascending, so that one pass over memory
+multiplies a vector and no horizontal sum is ever needed:
+
+    matrix      bias float32 (rows16), then
+                float32:  (taps, K, rows16)
+                bfloat16: (taps, K / 2, rows16, 2)       K padded to even
+                int8:     scale float32 (taps, rows16), offset int32 (taps, rows16), (taps, K / 4, rows16, 4)
+                          K padded to a multiple of 4; offset = -128 * sum of the row, for kernels that feed
+                          the activations as unsigned bytes
+
+csrc/packed_product.h multiplies with them.
+"""
+
+import torch
+from torch import Tensor
+
+LANES = 16
+DTYPES = (torch.float32, torch.bfloat16, torch.int8)
+GROUP = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}  # inputs that lie side by side in one 32-bit lane
+MAX_INPUTS = 65536  # 255 * 127 * inputs stays below 2^31
+
+
+def round_up(value: int, multiple: int) -> int:
+    return (value + multiple - 1) // multiple * multiple
+
+
+def matrix_bytes(dtype: torch.dtype, rows: int, taps: int, inputs: int) -> int:
+    """Bytes of a matrix of `rows` (a multiple of 16) outputs."""
+    group = GROUP[dtype]
+    scales = 8 * taps * rows if dtype == torch.int8 else 0
+    return 4 * rows + scales + taps * round_up(inputs, group) // group * rows * 4
+
+
+def pad(x: Tensor, dim: int, multiple: int) -> Tensor:
+    missing = round_up(x.shape[dim], multiple) - x.shape[dim]
+    if missing == 0:
+        return x
+    shape = list(x.shape)
+    shape[dim] = missing
+    return torch.cat([x, x.new_zeros(shape)], dim)
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    return x.contiguous().reshape(-1).view(torch.uint8)
+
+
+def pack_matrix(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """weight (rows, taps, inputs), bias (rows,), rows a multiple of 16 -> the matrix's sections as bytes."""
+    group = GROUP[dtype]
+    weight = pad(weight, 2, group)
+    rows, taps, inputs = weight.shape
+    sections = [bias]
+    if dtype == torch.int8:
+        scale = weight.abs().amax(2).T.contiguous() / 127
+        quantized = (weight / torch.where(scale > 0, scale, 1).T[:, :, None]).round().clamp(-127, 127)
+        sections += [scale, (-128 * quantized.sum(2)).to(torch.int32).T]
+        weight = quantized
+    lanes = weight.permute(1, 2, 0).reshape(taps, inputs // group, group, rows).transpose(2, 3)
+    return [to_bytes(section) for section in (*sections, lanes.to(dtype))]
+
+
+def unpack_matrix(data: Tensor, rows: int, taps: int, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The inverse of pack_matrix in float32: weight (rows, taps, inputs) as the kernel sees it, bias (rows,)."""
+    group = GROUP[dtype]
+    scales = 4 * taps * rows if dtype == torch.int8 else 0
+    parts = data.split([4 * rows, scales, scales, data.numel() - 4 * rows - 2 * scales])
+    bias = parts[0].view(torch.float32)
+    lanes = parts[3].view(dtype).reshape(taps, -1, rows, group).to(torch.float32)
+    weight = lanes.permute(2, 0, 1, 3).reshape(rows, taps, -1)[:, :, :inputs]
+    if dtype == torch.int8:
+        weight = weight * parts[1].view(torch.float32).reshape(taps, rows).T[:, :, None]
+    return weight, bias
