@@ -243,6 +243,17 @@ def half_of(group: str) -> str:
     return ("dev", "test")[_digest("dev:" + group) % 2]
 
 
+def voice_sides(voices: Iterable[str]) -> dict[str, str]:
+    """voice -> "train", "dev" or "test": in the order of a hash of their names, the first is the test, the second dev.
+
+    For data of so few voices that a split by shares would leave a side empty. ValueError below three voices.
+    """
+    order = sorted(set(voices), key=lambda voice: hashlib.sha256(f"voice:{voice}".encode()).digest())
+    if len(order) < 3:
+        raise ValueError(f"voices must be at least three to hold two out, got {len(order)}")
+    return {voice: "train" for voice in order} | {order[0]: "test", order[1]: "dev"}
+
+
 def groups_of(row: dict) -> tuple[str, ...]:
     """The groups that a manifest row belongs to; a mixture belongs to those of all its sources.
 
@@ -318,6 +329,11 @@ def _select(rows: list[dict], source, part: str | None, split: str | None) -> li
 
 
 # ------------------------------------------------------------------------------------------------ rows of a data set
+
+
+def rows_of(source: str | os.PathLike, *, part: str | None = None, split: str | None = None) -> list[dict]:
+    """The rows of a folder or manifest that Recordings.load would read, each with "file", the place of its audio."""
+    return _select(_file_rows(source), source, part, split)
 
 
 def _file_rows(source) -> list[dict]:

@@ -13,7 +13,7 @@ from audiomodels.pretrained import Pretrained
 
 MAX_PARAMETERS = 1_000_000_000
 LABEL_HOP = 1 << 20  # samples that a frame lasts where the label, which never changes, is the whole condition
-LIMITS = {  # of the fields that every config has
+LIMITS = {  # of fields that several configs have
     "n_layer": (1, 1000),
     "n_class": (2, 32768),
     "condition_channels": (0, 65536),
@@ -24,11 +24,13 @@ LIMITS = {  # of the fields that every config has
 
 
 def check_config(config: Any, limits: dict[str, tuple[int, int]]) -> None:
-    """Make the fields of LIMITS and `limits` integers; TypeError or ValueError naming the field, the rule, what came.
+    """Make the fields of `limits`, and those of LIMITS that the config has, integers.
+
+    Errors: TypeError or ValueError naming the field, the rule and what came.
 
     The config is a frozen dataclass with `companding` and `n_parameter`.
     """
-    for name, (low, high) in {**LIMITS, **limits}.items():
+    for name, (low, high) in {**{k: v for k, v in LIMITS.items() if hasattr(config, k)}, **limits}.items():
         value = getattr(config, name)
         try:
             value = operator.index(value)  # numpy's and torch's integers too
@@ -132,6 +134,10 @@ class Generator(Pretrained):
             draw(0, start, prompt.to(device))
         for first in range(start, total, block):
             yield draw(first, min(first + block, total))
+
+    def to_codes(self, codes: Tensor) -> Tensor:
+        """What `generate` gives as codes 0 .. n_class - 1 (they differ for 16-bit PCM alone)."""
+        return codes
 
     @property
     def _device(self) -> torch.device:

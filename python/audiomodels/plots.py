@@ -1,15 +1,16 @@
-"""The panels of reports: waveform, log-mel spectrogram, loss curve, bars. Each draws into an axis that it is given.
+"""The panels of reports: waveform, spectrograms of every kind, loss curve, bars. Each draws into an axis it is given.
 
 matplotlib's Agg canvas is used without pyplot: no window system, no global state, nothing to close.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from audiomodels import features
 from audiomodels._optional import require
 
 Axes = Figure = GridSpec = SubplotSpec = AxesImage = Any  # matplotlib's classes, which importing this does not import
@@ -52,54 +53,85 @@ def log_mel(axis: Axes, audio: Tensor, sample_rate: int, *, top_db: float | None
     top_db: the level of the brightest colour; default: the loudest point. Two spectrograms with one top_db compare.
     """
     power = mel_power(audio, sample_rate)
+    image = levels(axis, power, len(audio) / sample_rate, top_db=top_db)
+    _hz_ticks(axis, len(power), sample_rate, features.hz_to_mel)
+    axis.set_ylabel("Hz (mel scale)")
+    return image
+
+
+def mel_power(audio: Tensor, sample_rate: int) -> Tensor:
+    """(80 or fewer, frames) power in HTK mel bands, of 64 ms windows every 16 ms; a sine of amplitude 1 has 1/4."""
+    n_fft, hop = sample_rate * 64 // 1000, sample_rate * 16 // 1000
+    # more bands than this, at low rates, and the lowest ones fall between two bins
+    power = features.mel(audio.float(), sample_rate, n_fft=n_fft, hop=hop, n_mel=min(80, n_fft // 6))
+    return power / (n_fft / 2) ** 2
+
+
+KINDS = ("waveform", "spectrogram", "log-frequency", "mel", "constant-Q")
+
+
+def sound(axis: Axes, kind: str, audio: Tensor, sample_rate: int, *, top_db: float | None = None) -> None:
+    """audio (time,) as one of KINDS, each with the axes that it is known by; frames as fine as they can be seen."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    if kind == "waveform":
+        return waveform(axis, audio, sample_rate)
+    audio, seconds = audio.float(), len(audio) / sample_rate
+    window = 2 ** round(math.log2(0.064 * sample_rate))
+    hop = max(window // 16, len(audio) // 1000)
+    if kind == "mel":
+        power = features.mel(audio, sample_rate, n_fft=2 * window, win_length=window, hop=hop, n_mel=96)
+        _hz_ticks(axis, len(power), sample_rate, features.hz_to_mel)
+        axis.set_ylabel("Hz (mel scale)")
+    elif kind == "spectrogram":
+        power = features.spectrogram(audio, window, hop).square()
+        quarters = range(0, sample_rate // 2 + 1, sample_rate // 8)
+        axis.set_yticks([len(power) * 2 * hz / sample_rate for hz in quarters], [f"{hz:,}" for hz in quarters])
+        axis.set_ylabel("Hz")
+    else:
+        if kind == "constant-Q":
+            power = features.constant_q(audio, sample_rate, hop=hop).square()
+        else:
+            power = features.log_spectrogram(audio, sample_rate, n_fft=4 * window, hop=hop).square()
+        octaves = range(0, len(power), 24)
+        axis.set_yticks([i + 0.5 for i in octaves], [f"{features.LOWEST_HZ * 2 ** (i // 24):,.0f}" for i in octaves])
+        axis.set_ylabel("Hz (octaves)")
+    levels(axis, power, seconds, top_db=top_db)
+
+
+def levels(axis: Axes, power: Tensor, seconds: float, *, top_db: float | None = None) -> AxesImage:
+    """power (bins, frames) in dB, as an image of `seconds`, from top_db (default: the loudest point) down 80 dB."""
     db = 10 * torch.log10(power + 1e-12)
     top_db = float(db.max()) if top_db is None else top_db
     image = axis.imshow(
         db.numpy(),
         origin="lower",
         aspect="auto",
-        extent=(0, len(audio) / sample_rate, 0, len(power)),
+        extent=(0, seconds, 0, len(power)),
         vmin=top_db + FLOOR_DB,
         vmax=top_db,
         cmap="magma",
         interpolation="nearest",
     )
-    ticks = [hz for hz in (100, 250, 500, 1000, 2000, 4000, 8000, 16000) if hz <= sample_rate / 2]
-    axis.set_yticks([len(power) * _mel(hz) / _mel(sample_rate / 2) for hz in ticks], [f"{hz:,}" for hz in ticks])
-    axis.set(xlabel="seconds", ylabel="Hz (mel scale)")
+    axis.set_xlabel("seconds")
     return image
 
 
-def mel_power(audio: Tensor, sample_rate: int, n_mel: int = 80) -> Tensor:
-    """(n_mel, frames) power: |STFT|^2 of 64 ms Hann windows every 16 ms, through triangles on the HTK mel scale."""
-    n_fft, hop = sample_rate * 64 // 1000, sample_rate * 16 // 1000
-    audio = torch.nn.functional.pad(audio.float(), (0, max(0, n_fft - len(audio))))
-    window = torch.hann_window(n_fft)
-    spectrum = torch.stft(audio, n_fft, hop, window=window, pad_mode="constant", return_complex=True)
-    power = (spectrum.abs() / window.sum()).square()
-    edges = torch.tensor([_hz(_mel(sample_rate / 2) * i / (n_mel + 1)) for i in range(n_mel + 2)])
-    hz = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1)
-    rising = (hz - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    falling = (edges[2:, None] - hz) / (edges[2:] - edges[1:-1])[:, None]
-    triangles = torch.minimum(rising, falling).clamp(min=0)
-    # A triangle narrower than a bin may miss them all: it takes the nearest one.
-    nearest = (hz - edges[1:-1, None]).abs().argmin(1)
-    triangles[torch.arange(n_mel), nearest] = triangles[torch.arange(n_mel), nearest].clamp(min=0.5)
-    return triangles @ power
-
-
-def _mel(hz: float) -> float:
-    return 2595 * math.log10(1 + hz / 700)
-
-
-def _hz(mel: float) -> float:
-    return 700 * (10 ** (mel / 2595) - 1)
+def _hz_ticks(axis: Axes, bins: int, sample_rate: int, scale: Callable[[float], float]) -> None:
+    """Ticks on an axis of `bins` rows that go evenly from 0 to half the sample rate on a scale of Hz."""
+    ticks = [hz for hz in (100, 250, 500, 1000, 2000, 4000, 8000, 16000) if hz <= sample_rate / 2]
+    axis.set_yticks([bins * scale(hz) / scale(sample_rate / 2) for hz in ticks], [f"{hz:,}" for hz in ticks])
 
 
 def loss_curve(
-    axis: Axes, steps: Sequence[int], bits: Sequence[float], lines: Mapping[str, float] | None = None
+    axis: Axes,
+    steps: Sequence[int],
+    bits: Sequence[float],
+    lines: Mapping[str, float] | None = None,
+    *,
+    unit: str = "bits per sample",
 ) -> None:
-    """Bits per sample over steps, each step thin and a running mean over it; `lines` are levels to compare with."""
+    """Bits over steps, each step thin and a running mean over it; `lines` are levels to compare with."""
     axis.plot(steps, bits, color=BLUE, alpha=0.3, linewidth=0.8)
     total, weight, means = 0.0, 0.0, []
     for value in bits:
@@ -108,7 +140,7 @@ def loss_curve(
     axis.plot(steps, means, color=BLUE, linewidth=1.5, label="training (running mean)")
     for (name, value), style in zip((lines or {}).items(), ("-", "--", ":", "-."), strict=False):
         axis.axhline(value, color=ORANGE if style == "-" else GREY, linestyle=style, linewidth=1.2, label=name)
-    axis.set(xlabel="step", ylabel="bits per sample", xlim=(0, max(steps, default=1)))
+    axis.set(xlabel="step", ylabel=unit, xlim=(0, max(steps, default=1)))
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=8, frameon=False)
 
@@ -126,3 +158,21 @@ def bars(axis: Axes, values: Mapping[str, float], unit: str, *, log: bool = Fals
                       fontsize=9)  # fmt: skip
     axis.set_xlabel(unit)
     axis.tick_params(axis="y", length=0, labelsize=9)
+
+
+def curves(
+    axis: Axes,
+    series: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    unit: str,
+    lines: Mapping[str, float] | None = None,
+) -> None:
+    """Several (x, bits) curves of each name in one colour; `lines` are levels to compare with."""
+    colors = require("matplotlib").colormaps["tab20"].colors
+    for (name, runs), color in zip(series.items(), colors * 3, strict=False):
+        for i, (x, y) in enumerate(runs):
+            axis.plot(x, y, color=color, linewidth=1.2, marker=".", markersize=3, label=name if i == 0 else None)
+    for name, value in (lines or {}).items():
+        axis.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=name)
+    axis.set(xlabel=unit, ylabel="bits per sample")
+    if series or lines:
+        axis.legend(fontsize=7, frameon=False, ncols=2)

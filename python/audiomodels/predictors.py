@@ -16,6 +16,8 @@ positions of train.target_blocks, as train.evaluate does. Cost: a table look-up 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ import torch
 from audiomodels import quantize
 from audiomodels.train import Scores, Tally, target_blocks
 
-__all__ = ["LPC", "all_rows", "bigram", "linear", "lpc", "repeat", "unigram"]
+__all__ = ["LPC", "all_rows", "bigram", "fitted", "linear", "lpc", "repeat", "total", "unigram"]
 
 ORDER = 64
 SMOOTHING = 0.5  # added to every count
@@ -36,45 +38,80 @@ PER_OCTAVE, LOWEST, LEVELS = 2, -4, 26  # levels of recent residual: half octave
 
 def unigram(train: Any, test: Any, *, max_targets: int | None = None) -> Scores:
     """Scores on `test` of the code frequencies of `train` (data.Recordings)."""
-    table = unigram_table(train)
-    return _score(table, [np.zeros(len(recording.codes), np.int64) for recording in test], test, max_targets)
+    return total(_unigram(train, test), test, max_targets)
 
 
 def bigram(train: Any, test: Any, *, max_targets: int | None = None) -> Scores:
     """Scores on `test` of the frequencies of codes after each code in `train`."""
-    table = bigram_table(train)
-    return _score(table, [_shifted(recording.codes, 1, test.n_class) for recording in test], test, max_targets)
+    return total(_bigram(train, test), test, max_targets)
 
 
 def repeat(test: Any, *, max_targets: int | None = None) -> Scores:
     """Top-1 of the last code and top-5 of those within 2 of it; bits are NaN."""
-    return _guess([_shifted(recording.codes, 1, test.n_class) for recording in test], test, max_targets)
+    return total(_repeat(test), test, max_targets)
 
 
 def linear(test: Any, *, max_targets: int | None = None) -> Scores:
     """Top-1 of the line through the last two codes (clipped), and top-5 of those within 2 of it; bits are NaN."""
-    lines = []
-    for recording in test:
-        line = 2 * _shifted(recording.codes, 1, test.n_class) - _shifted(recording.codes, 2, test.n_class)
-        lines.append(line.clip(0, test.n_class - 1))
-    return _guess(lines, test, max_targets)
+    return total(_linear(test), test, max_targets)
 
 
 def lpc(train: Any, test: Any, *, max_targets: int | None = None, order: int = ORDER) -> Scores:
     """Scores on `test` of linear prediction fitted on `train`; see LPC."""
-    model = LPC(train, order=order)
-    return _score(model.table, [model.contexts(recording.codes) for recording in test], test, max_targets)
+    return total(_lpc(train, test, order), test, max_targets)
 
 
 def all_rows(train: Any, test: Any, *, max_targets: int | None = None) -> dict[str, Scores]:
-    """Every predictor of this file, by name."""
+    """The scores on `test` of every predictor of this file, by name."""
+    return {name: total(row, test, max_targets) for name, row in fitted(train, test).items()}
+
+
+# A predictor that was counted on train and is asked about test: (recording, start, stop) -> the log-probabilities
+# (NaN: it has none) and ranks of that block of targets.
+Fitted = Callable[[int, int, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def fitted(train: Any, test: Any) -> dict[str, Fitted]:
+    """Every predictor of this file, by name, for blocks of `test`."""
     return {
-        "unigram": unigram(train, test, max_targets=max_targets),
-        "bigram": bigram(train, test, max_targets=max_targets),
-        "repeat": repeat(test, max_targets=max_targets),
-        "linear": linear(test, max_targets=max_targets),
-        f"lpc{ORDER}": lpc(train, test, max_targets=max_targets),
+        "unigram": _unigram(train, test),
+        "bigram": _bigram(train, test),
+        "repeat": _repeat(test),
+        "linear": _linear(test),
+        f"lpc{ORDER}": _lpc(train, test, ORDER),
     }
+
+
+def total(row: Fitted, test: Any, max_targets: int | None = None) -> Scores:
+    """Scores of a predictor on the target positions of `test`."""
+    tally = Tally()
+    for block in target_blocks(test, max_targets):
+        tally.add(*row(*block))
+    return tally.scores()
+
+
+def _unigram(train: Any, test: Any) -> Fitted:
+    return _by_table(unigram_table(train), test, lambda codes: np.zeros(len(codes), np.int64))
+
+
+def _bigram(train: Any, test: Any) -> Fitted:
+    return _by_table(bigram_table(train), test, lambda codes: _shifted(codes, 1, test.n_class))
+
+
+def _repeat(test: Any) -> Fitted:
+    return _around(test, lambda codes: _shifted(codes, 1, test.n_class))
+
+
+def _linear(test: Any) -> Fitted:
+    def line(codes: torch.Tensor) -> np.ndarray:
+        return (2 * _shifted(codes, 1, test.n_class) - _shifted(codes, 2, test.n_class)).clip(0, test.n_class - 1)
+
+    return _around(test, line)
+
+
+def _lpc(train: Any, test: Any, order: int) -> Fitted:
+    model = LPC(train, order=order)
+    return _by_table(model.table, test, model.contexts)
 
 
 def unigram_table(train: Any) -> np.ndarray:
@@ -182,18 +219,38 @@ def _normalised(table: np.ndarray) -> np.ndarray:
     return table / table.sum(-1, keepdims=True)
 
 
-def _score(table: np.ndarray, contexts: list[np.ndarray], test: Any, max_targets: int | None) -> Scores:
-    """Score the distributions table[contexts[recording][t]] on the target positions of `test`."""
+def _by_table(table: np.ndarray, test: Any, contexts: Callable[[torch.Tensor], np.ndarray]) -> Fitted:
+    """The distributions table[contexts(codes of a recording)]."""
     n_class = _check(test)
     if table.shape[1] != n_class:
         raise ValueError(f"train and test must have the same number of classes, got {table.shape[1]} and {n_class}")
     log_table, rank_table = torch.from_numpy(np.log(table)), torch.from_numpy(_ranks(table))
-    tally = Tally()
-    for index, start, stop in target_blocks(test, max_targets):
-        rows = torch.from_numpy(contexts[index][start:stop])
-        targets = test[index].codes[start:stop].long()
-        tally.add(log_table[rows, targets], rank_table[rows, targets])
-    return tally.scores()
+    rows = _remembered(test, contexts)
+
+    def block(index: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        row, targets = torch.from_numpy(rows(index)[start:stop]), test[index].codes[start:stop].long()
+        return log_table[row, targets], rank_table[row, targets]
+
+    return block
+
+
+def _around(test: Any, centres: Callable[[torch.Tensor], np.ndarray]) -> Fitted:
+    """A guess of the five codes around centres(codes of a recording): the centre ranks first, the others after it."""
+    _check(test)
+    rows = _remembered(test, centres)
+
+    def block(index: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        away = torch.from_numpy(
+            np.abs(test[index].codes[start:stop].numpy().astype(np.int64) - rows(index)[start:stop])
+        )
+        return torch.full(away.shape, math.nan), torch.where(away <= 2, 2 * away, test.n_class)
+
+    return block
+
+
+def _remembered(test: Any, function: Callable[[torch.Tensor], np.ndarray]) -> Callable[[int], np.ndarray]:
+    """function(codes of recording `index`), computed once for all blocks of a recording that follow each other."""
+    return lru_cache(maxsize=1)(lambda index: function(test[index].codes))
 
 
 def _ranks(table: np.ndarray) -> np.ndarray:
@@ -202,14 +259,3 @@ def _ranks(table: np.ndarray) -> np.ndarray:
     order = np.argsort(-table, axis=-1, kind="stable").astype(np.int32)
     np.put_along_axis(ranks, order, np.arange(table.shape[1], dtype=np.int32)[None], -1)
     return ranks
-
-
-def _guess(centres: list[np.ndarray], test: Any, max_targets: int | None) -> Scores:
-    """Score the five codes around each centre."""
-    top1 = top5 = count = 0
-    for index, start, stop in target_blocks(test, max_targets):
-        away = np.abs(test[index].codes[start:stop].numpy().astype(np.int64) - centres[index][start:stop])
-        top1, top5, count = top1 + int((away == 0).sum()), top5 + int((away <= 2).sum()), count + len(away)
-    if count == 0:
-        raise ValueError("recordings must hold at least one sample to score")
-    return Scores(math.nan, top1 / count, top5 / count, count)

@@ -17,7 +17,7 @@ import torch
 from audiomodels._optional import require
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-T = TypeVar("T", bound="Pretrained")
+T, C = TypeVar("T", bound="Pretrained"), TypeVar("C")
 MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -44,7 +44,11 @@ class Pretrained(require("huggingface_hub").PyTorchModelHubMixin):
             ModelError: no such folder, no such file, a damaged file, or one that belongs to another model.
         """
         folder = Path(folder)
-        config = _checked(read_config(folder), folder / CONFIG, cls.config_class)
+        if not folder.is_dir():
+            raise ModelError(
+                f"{folder}: no such folder; it must hold {CONFIG} and {WEIGHTS}, as save_pretrained writes"
+            )
+        config = read_config(folder, cls.config_class)
         with torch.device("meta"):  # shapes only
             model = cls(config)
         weights = _read_weights(folder / WEIGHTS, model.state_dict(), device)
@@ -52,23 +56,17 @@ class Pretrained(require("huggingface_hub").PyTorchModelHubMixin):
         return model.eval()
 
 
-def read_config(folder: str | os.PathLike) -> Any:
-    """What the config.json of a model's folder holds, unchecked; ModelError where it cannot be read."""
-    path = Path(folder) / CONFIG
-    if not path.parent.is_dir():
-        raise ModelError(f"{folder}: no such folder; it must hold {CONFIG} and {WEIGHTS}, as save_pretrained writes")
+def read_config(folder: Path, config_class: type[C]) -> C:
+    """The config of a model folder, as the dataclass that its class names. Errors: ModelError."""
+    path = folder / CONFIG
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ModelError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, so it is no config")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
-
-
-def _checked(config: Any, path: Path, config_class: type) -> Any:
-    """The config_class of what read_config gave."""
     known = {field.name for field in fields(config_class)}
     if not isinstance(config, dict) or not known & set(config):
         raise ModelError(f"{path}: not a {config_class.__name__}")
@@ -93,11 +91,15 @@ def _read_weights(path: Path, expected: dict[str, torch.Tensor], device: torch.d
             for name, tensor in expected.items():
                 header = file.get_slice(name)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                if shape != tuple(tensor.shape) or dtype not in ("F32", "BF16", "F16"):
+                kind, allowed = ("float", ("F32", "BF16", "F16")) if tensor.is_floating_point() else ("int64", ("I64",))
+                if shape != tuple(tensor.shape) or dtype not in allowed:
                     raise ModelError(
-                        f"{path}: {name} must be float of shape {tuple(tensor.shape)}, got {dtype} {shape}"
+                        f"{path}: {name} must be {kind} of shape {tuple(tensor.shape)}, got {dtype} {shape}"
                     )
             # A copy: the file's own pages must not change under the model when the file is replaced.
-            return {name: file.get_tensor(name).to(device, torch.float32, copy=True) for name in expected}
+            dtypes = {
+                name: torch.float32 if tensor.is_floating_point() else torch.int64 for name, tensor in expected.items()
+            }
+            return {name: file.get_tensor(name).to(device, dtype, copy=True) for name, dtype in dtypes.items()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as safetensors: {error}") from error

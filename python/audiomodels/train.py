@@ -1,8 +1,11 @@
 """One training loop and one yardstick for every model of this project.
 
-A model is `model(codes (batch, time)) -> logits (batch, time, n_class)`, logits[:, t] predicting codes[:, t + 1].
+A generator is `model(codes (batch, time)) -> logits (batch, time, n_class)`, logits[:, t] predicting codes[:, t + 1].
+One whose prediction is not a single softmax (WaveRNN) takes `targets` too and says how its logits are read: `log_prob`,
+`ranked`.
 `fit` minimises the cross-entropy of the last `length` codes of each crop with AdamW; `evaluate` gives bits per sample,
-top-1 and top-5 accuracy over the same target positions whatever the model.
+top-1 and top-5 accuracy over the same target positions whatever the model. A model that does something else is trained
+by the same loop with a task of its own: `NextCode` shows the members of one, tagging.Tagging is another.
 
 Crops are a pure function of (seed, step), so the state of a run is weights, optimizer, RNG and the step: a run that was
 killed and started again ends in the same bits. One process needs torch alone. Under `torchrun` or `accelerate launch`
@@ -38,7 +41,7 @@ from torch import Tensor, nn
 from audiomodels import checkpoint
 from audiomodels._optional import require
 
-__all__ = ["History", "Scores", "TrainConfig", "TrainingError", "evaluate", "fit", "target_blocks"]
+__all__ = ["History", "NextCode", "Scores", "TrainConfig", "TrainingError", "evaluate", "fit", "target_blocks"]
 
 BLOCK = 4096  # targets in one window of evaluate()
 BAD_STEPS = 5  # steps in a row without a finite loss, after which training stops
@@ -120,12 +123,13 @@ class History:
 
     step: list[int] = field(default_factory=list)
     bits: list[float] = field(default_factory=list)
-    """Training loss of each step, bits per sample."""
+    """Training loss of each step, in bits (nats / ln 2): per sample for a generator, as its loss says for others."""
     lr: list[float] = field(default_factory=list)
     samples_per_second: list[float] = field(default_factory=list)
     """Targets trained on per second, over all processes."""
     valid_step: list[int] = field(default_factory=list)
-    valid: list[Scores] = field(default_factory=list)
+    valid: list[Any] = field(default_factory=list)
+    """Of the task's class: Scores for a generator."""
     skipped: list[int] = field(default_factory=list)
     """Steps whose loss or gradient was not finite."""
 
@@ -138,15 +142,16 @@ class History:
 # --- evaluation ---------------------------------------------------------------------------------------------------
 
 
-def target_blocks(recordings: Any, max_targets: int | None = None) -> list[tuple[int, int, int]]:
+def target_blocks(recordings: Any, max_targets: int | None = None, *, first: int = 0) -> list[tuple[int, int, int]]:
     """The scored positions: (recording, start, stop) blocks, the same for every model and predictor.
 
-    All samples of all recordings, or, above `max_targets`, that many in whole blocks spread evenly over them.
+    All samples of all recordings from their sample `first` on, or, above `max_targets`, that many in whole blocks
+    spread evenly over them.
     """
     blocks = [
         (i, start, min(start + BLOCK, len(recording.codes)))
         for i, recording in enumerate(recordings)
-        for start in range(0, len(recording.codes), BLOCK)
+        for start in range(first, len(recording.codes), BLOCK)
     ]
     total = sum(stop - start for _, start, stop in blocks)
     if max_targets is None or total <= max_targets:
@@ -190,7 +195,6 @@ def ranks(scores: Tensor, targets: Tensor) -> Tensor:
     return scores.shape[-1] - 1 - ((scores < mine) | ((scores == mine) & later)).sum(-1)
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, recordings: Any, *, context: int, batch: int = 8, max_targets: int | None = None
 ) -> Scores:
@@ -199,41 +203,102 @@ def evaluate(
     Every target is preceded by at least `context` samples of its recording; before a recording there is n_class // 2.
     batch: windows of BLOCK targets at a time. A model whose config has n_label is given the recordings' labels.
     """
+    tally = Tally()
+    for log_p, rank in score_blocks(model, recordings, target_blocks(recordings, max_targets), context, batch):
+        tally.add(log_p, rank)
+    return tally.scores()
+
+
+@torch.no_grad()
+def score_blocks(
+    model: nn.Module, recordings: Any, blocks: list[tuple[int, int, int]], context: int, batch: int = 8
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(log-probabilities, ranks) of the targets of each (recording, start, stop) block; see `evaluate`."""
     if context < 0 or batch < 1:
         raise ValueError(f"context must be at least 0 and batch at least 1, got {context} and {batch}")
     device = next(model.parameters()).device
     labels = recordings.labels if getattr(getattr(model, "config", None), "n_label", 0) else None
-    blocks = target_blocks(recordings, max_targets)
-    tally, was_training = Tally(), model.training
+    was_training = model.training
     model.eval()
     try:
         for first in range(0, len(blocks), batch):
             part = blocks[first : first + batch]
-            longest = max(stop - start for _, start, stop in part)
-            rows = torch.full((len(part), context + 1 + longest), recordings.n_class // 2)
-            scored = torch.zeros(len(part), longest, dtype=torch.bool)
+            sizes = [stop - start for _, start, stop in part]
+            rows = torch.full((len(part), context + 1 + max(sizes)), recordings.n_class // 2)
+            scored = torch.zeros(len(part), max(sizes), dtype=torch.bool)
             for row, mask, (index, start, stop) in zip(rows, scored, part, strict=True):
                 begin = max(0, start - context - 1)
                 row[context + 1 - (start - begin) :][: stop - begin] = recordings[index].codes[begin:stop].long()
                 mask[: stop - start] = True
             extra = {} if labels is None else {"label": labels[[index for index, _, _ in part]].to(device)}
             rows, scored = rows.to(device), scored.to(device)
-            log_p = predict(model, rows[:, :-1], longest, extra)[scored].float().log_softmax(-1)
-            targets = rows[:, context + 1 :][scored][:, None]
-            tally.add(log_p.gather(-1, targets), ranks(log_p, targets[:, 0]))
+            targets = rows[:, context + 1 :]
+            logits, targets = predict(model, rows[:, :-1], targets, extra)[scored].float(), targets[scored]
+            log_p = log_prob(model, logits, targets).split(sizes)
+            yield from zip(log_p, ranks(*ranked(model, logits, targets)).split(sizes), strict=True)
     finally:
         model.train(was_training)
-    return tally.scores()
 
 
-def predict(model: nn.Module, codes: Tensor, length: int, extra: dict[str, Tensor]) -> Tensor:
-    """The last `length` logits of model(codes); a forward that takes `length=` need not compute the others."""
-    if "length" in inspect.signature(checkpoint.unwrap(model).forward).parameters:
-        return model(codes, length=length, **extra)
-    return model(codes, **extra)[:, -length:]
+def predict(model: nn.Module, codes: Tensor, targets: Tensor, extra: dict[str, Tensor]) -> Tensor:
+    """Logits (batch, n, ...) of `targets`, the codes (batch, n) that follow the last n of `codes`.
+
+    A forward that takes `length=` need not compute the others; one that takes `targets=` needs them for its prediction.
+    """
+    takes, n = inspect.signature(checkpoint.unwrap(model).forward).parameters, targets.shape[1]
+    if "targets" in takes:
+        return model(codes, targets=targets, **extra)
+    return model(codes, length=n, **extra) if "length" in takes else model(codes, **extra)[:, codes.shape[1] - n :]
+
+
+def log_prob(model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+    """Natural log-probabilities (...,) of targets (...,) under the logits (..., n) of `model`."""
+    own = getattr(checkpoint.unwrap(model), "log_prob", None)
+    if own is not None:
+        return own(logits, targets)
+    return logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+
+def cross_entropy(model: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean of -log_prob."""
+    if hasattr(checkpoint.unwrap(model), "log_prob"):
+        return -log_prob(model, logits, targets).mean()
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # one kernel
+
+
+def ranked(model: nn.Module, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (..., n) and targets (...,) whose ranks are the top-1 and top-5 of `model`."""
+    own = getattr(checkpoint.unwrap(model), "ranked", None)
+    return (logits, targets) if own is None else own(logits, targets)
 
 
 # --- training -----------------------------------------------------------------------------------------------------
+
+
+class NextCode:
+    """The task of a generator. Another task has the same members: `fit` asks it what a batch is, what to minimise, and
+    how to score a model on validation data."""
+
+    scores = Scores
+    """A dataclass of floats; lower `bits` are better."""
+
+    def batch(self, drawn: Any, config: TrainConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(inputs, targets, further inputs) of what `crops` gave: tensors whose rows are the global batch's."""
+        codes, extra = drawn if isinstance(drawn, tuple) else (drawn, {})
+        expected = (config.batch, config.context + config.length + 1)
+        if tuple(codes.shape) != expected:
+            raise ValueError(f"crops must give codes of shape {expected}, got {tuple(codes.shape)}")
+        return codes[:, :-1], codes[:, -config.length :], extra
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        """Mean loss of some rows, in nats; called under autocast where that is asked for."""
+        inputs, targets = inputs.long(), targets.long()
+        return cross_entropy(model, predict(model, inputs, targets, extra).float(), targets)
+
+    def evaluate(self, model: nn.Module, valid: Any, config: TrainConfig) -> Scores:
+        """Scores of `model` on what fit was given as `valid`."""
+        options = {"context": config.context, "batch": config.batch, "max_targets": config.eval_targets}
+        return evaluate(model, valid, **options)
 
 
 def fit(
@@ -243,12 +308,14 @@ def fit(
     *,
     valid: Any = None,
     on_step: Callable[[int, float], None] | None = None,
+    task: Any = None,
 ) -> History:
     """Train `model` in place until `config.steps`, resuming what is in `config.out`; returns the History of all steps.
 
     crops(step): codes (batch, context + length + 1), integers, or (codes, {"condition": ..., "label": ...}), tensors of
     as many rows that go to the model's forward; a pure function of the step, as data.Crops. valid: data.Recordings for
-    `evaluate`. on_step(steps done, bits per sample) runs at the end of each step.
+    `evaluate`. on_step(steps done, bits per sample) runs at the end of each step. With a `task` other than NextCode,
+    crops(step) and valid are what that task takes.
     The global RNGs are seeded or restored. SIGTERM and Ctrl-C finish the step, save, and exit with 143 and 130.
     A step whose loss or gradient is not finite is skipped, and weights that are not finite are restored from the last
     checkpoint; TrainingError after BAD_STEPS such steps in a row. CheckpointError if `out` cannot be written or read.
@@ -256,14 +323,14 @@ def fit(
     if config.schedule == "plateau" and valid is None:
         raise ValueError("schedule 'plateau' needs valid recordings")
     stop = _Stop()
-    run = _Run(model, crops, config, stop)
+    run = _Run(model, crops, config, stop, task or NextCode())
     with contextlib.ExitStack() as stack:
         if run.rank == 0:
             stack.enter_context(checkpoint.lock(config.out))
             checkpoint.clean(config.out)
         stack.enter_context(stop)
         run.start()
-        log = stack.enter_context(_Log(config, run.step, run.rank))
+        log = stack.enter_context(_Log(config, run.step, run.rank, run.task.scores))
         bar = stack.enter_context(_bar(config, run.step, run.rank))
         while run.step < config.steps:
             bits, speed = run.train_step()
@@ -285,8 +352,10 @@ def fit(
 class _Run:
     """Model, optimizer and position of one training run; every rank has one."""
 
-    def __init__(self, model: nn.Module, crops: Callable[[int], Any], config: TrainConfig, stop: _Stop) -> None:
-        self.crops, self.config, self.stop = crops, config, stop
+    def __init__(
+        self, model: nn.Module, crops: Callable[[int], Any], config: TrainConfig, stop: _Stop, task: Any
+    ) -> None:
+        self.crops, self.config, self.stop, self.task = crops, config, stop, task
         self.model, self.optimizer, self.device = _place(model, config)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if checkpoint.distributed() else (0, 1)
         if config.batch % self.world:
@@ -334,8 +403,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            logits = predict(self.model, inputs, self.config.length, extra)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            loss = self.task.loss(self.model, inputs, targets, extra)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -357,15 +425,13 @@ class _Run:
         return loss_sum / self.world / math.log(2) if finite else math.nan, speed
 
     def batch(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """This rank's rows of the step's crops: inputs (rows, context + length), targets (rows, length), the rest."""
-        codes = self.crops(self.step)
-        codes, extra = codes if isinstance(codes, tuple) else (codes, {})
-        expected = (self.config.batch, self.config.context + self.config.length + 1)
-        if tuple(codes.shape) != expected:
-            raise ValueError(f"crops must give codes of shape {expected}, got {tuple(codes.shape)}")
-        mine = codes[self.rank :: self.world].to(self.device).long()
-        extra = {name: value[self.rank :: self.world].to(self.device) for name, value in extra.items()}
-        return mine[:, :-1], mine[:, -self.config.length :], extra
+        """This rank's rows of the step's batch: inputs, targets, further inputs."""
+        inputs, targets, extra = self.task.batch(self.crops(self.step), self.config)
+
+        def mine(rows: Tensor) -> Tensor:
+            return rows[self.rank :: self.world].to(self.device)
+
+        return mine(inputs), mine(targets), {name: mine(value) for name, value in extra.items()}
 
     def skipped(self) -> None:
         """Report a step that was not finite; give up after BAD_STEPS of them."""
@@ -399,15 +465,10 @@ class _Run:
         path = checkpoint.latest(self.config.out)
         return f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
 
-    def validate(self, valid: Any) -> Scores:
+    def validate(self, valid: Any) -> Any:
         """Score the model, and lower the learning rate of the plateau schedule where that is due."""
-        scores = evaluate(
-            checkpoint.unwrap(self.model),
-            valid,
-            context=self.config.context,
-            batch=self.config.batch,
-            max_targets=self.config.eval_targets,
-        )
+        model = checkpoint.unwrap(self.model)
+        scores = valid(model, self.step) if callable(valid) else self.task.evaluate(model, valid, self.config)
         plateau = self.plateau
         if plateau["best"] is None or scores.bits < plateau["best"]:
             plateau.update(best=scores.bits if math.isfinite(scores.bits) else None, waited=0)
@@ -494,8 +555,8 @@ class _Stop:
 class _Log:
     """log.jsonl, TensorBoard's files and the History, without what a killed run did after its last checkpoint."""
 
-    def __init__(self, config: TrainConfig, step: int, rank: int) -> None:
-        self.history = History()
+    def __init__(self, config: TrainConfig, step: int, rank: int, scores: type) -> None:
+        self.history, self.scores = History(), scores
         self.path = Path(config.out) / "log.jsonl"
         self.file = self.board = None
         if rank:
@@ -536,10 +597,10 @@ class _Log:
             if record["step"] > step:
                 return False
             if "valid_bits" in record:
-                bits = math.nan if record["valid_bits"] is None else record["valid_bits"]
-                scores = Scores(bits, record["valid_top1"], record["valid_top5"], record["n_target"])
+                logged = {field.name: record[_logged(field.name)] for field in dataclasses.fields(self.scores)}
+                logged = {name: math.nan if value is None else value for name, value in logged.items()}
+                self.history.valid.append(self.scores(**logged))
                 self.history.valid_step.append(record["step"])
-                self.history.valid.append(scores)
             elif record["bits"] is None:
                 self.history.skipped.append(record["step"])
             else:
@@ -556,9 +617,8 @@ class _Log:
     def train(self, step: int, bits: float, lr: float, samples_per_second: float) -> None:
         self.add({"step": step, "bits": bits, "lr": lr, "samples_per_second": samples_per_second})
 
-    def valid(self, step: int, scores: Scores) -> None:
-        record = {"valid_bits": scores.bits, "valid_top1": scores.top1, "valid_top5": scores.top5}
-        self.add({"step": step, **record, "n_target": scores.n_target})
+    def valid(self, step: int, scores: Any) -> None:
+        self.add({"step": step} | {_logged(name): value for name, value in dataclasses.asdict(scores).items()})
 
     def add(self, record: dict[str, float]) -> None:
         record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no NaN
@@ -571,6 +631,11 @@ class _Log:
                 for name, value in record.items():
                     if name != "step" and value is not None:
                         self.board.add_scalar(name, value, record["step"])
+
+
+def _logged(name: str) -> str:
+    """The name in the log of a field of a task's scores."""
+    return name if name.startswith("n_") else f"valid_{name}"
 
 
 def _bar(config: TrainConfig, step: int, rank: int) -> Any:

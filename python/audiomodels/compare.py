@@ -1,0 +1,466 @@
+"""`audiokernels compare-generators`: train every row of the comparison, score it, and say what may be claimed.
+
+A run is one row, one seed, one part of the corpus, one companding. Runs are made seed by seed, each in a folder of its
+own below OUT/runs, by train.fit, so that a command that was stopped goes on where it was, to the bit. A finished run is
+its result.json. After each the tables are written again: generators.json, generators.md, generators.png.
+"""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from audiomodels import checkpoint, compare_report, compare_rows
+from audiomodels.bootstrap import Units
+from audiomodels.compare_data import Data, load
+from audiomodels.compare_rows import LEARNING_RATES, PROTOCOLS, Row
+from audiomodels.compare_score import measured, model_units, position_bits, total, trivial_units
+from audiomodels.data import Crops
+from audiomodels.train import History, Scores, TrainConfig, cross_entropy, fit, predict
+
+logger = logging.getLogger(__name__)
+RESULT = "result.json"
+
+
+@dataclass
+class CompareConfig:
+    """What to compare, and how long. The same command again goes on where it was stopped."""
+
+    data: Path | None = None  # corpus folder, as build-corpus writes; not needed where OUT/data holds its codes
+    out: Path = Path("runs/compare")  # runs, codes and tables go here
+    protocol: Literal["smoke", "compact", "h100"] = "compact"  # sizes: a test of plumbing; a CPU; one H100
+    parts: tuple[str, ...] = ("piano", "speech")
+    compandings: tuple[str, ...] = ("mulaw", "linear")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rows: tuple[str, ...] = ()  # names of rows; default: all of the table
+    sweep: Literal["none", "data", "size"] = "none"  # add rows on 1/8 .. 1/2 of the data, or of other widths
+    targets: int | None = None  # of each row, instead of the protocol's
+    calibrate: bool = False  # choose the targets so that all rows of one seed fit --budget-hours, from 5 s of each
+    budget_hours: float | None = None  # stop after this time
+    threads: int = 0  # of torch; 0: its default
+    device: str = "auto"  # a GPU where there is one
+    report_only: bool = False  # write the tables from the runs that are there
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.targets is not None and self.targets < 1:
+            raise ValueError(f"targets must be at least 1, got {self.targets}")
+        if self.calibrate and self.budget_hours is None:
+            raise ValueError("calibrate needs a budget of hours")
+        if not self.parts or not self.compandings or not self.seeds:
+            raise ValueError("parts, compandings and seeds must name at least one each")
+
+
+class OutOfTime(Exception):
+    """The budget is spent; what was begun is saved."""
+
+
+class Comparison:
+    """The runs of one command."""
+
+    def __init__(self, config: CompareConfig) -> None:
+        self.config, self.protocol = config, PROTOCOLS[config.protocol]
+        hours = config.budget_hours
+        self.deadline = None if hours is None else time.monotonic() + 3600 * hours
+        self.loaded: tuple = (None, None)
+        name = config.device
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        if config.targets is not None:
+            self.protocol = replace(self.protocol, targets=config.targets)
+
+    def run(self) -> None:
+        """Make every run that is missing; write the tables after each."""
+        if self.config.threads:
+            torch.set_num_threads(self.config.threads)
+        with checkpoint.lock(self.config.out):
+            try:
+                if not self.config.report_only:
+                    self.runs()
+            except OutOfTime:
+                print("the time is up; the same command goes on from here")
+            finally:
+                self.report()
+
+    def runs(self) -> None:
+        kinds = [(part, companding) for part in self.config.parts for companding in self.config.compandings]
+        if self.config.calibrate:
+            self.calibrate(kinds)
+        for seed in self.config.seeds:
+            for part, companding in kinds:
+                self.trivial(part, companding)
+                for row in self.rows(companding).values():
+                    self.speed(row)
+                    if self.one(row, part, companding, seed):
+                        self.report()
+
+    def rows(self, companding: str) -> dict[str, Row]:
+        """The rows asked for."""
+        table = compare_rows.rows(self.protocol, companding)
+        known = {**table, **compare_rows.data_sweep(table), **compare_rows.size_sweep(table)}
+        chosen = list(self.config.rows) or list(table)
+        sweeps = {"none": {}, "data": compare_rows.data_sweep(table), "size": compare_rows.size_sweep(table)}
+        chosen += [name for name in sweeps[self.config.sweep] if name not in chosen]
+        for name in chosen:
+            if name not in known:
+                raise ValueError(f"rows must be among {', '.join(known)}; got {name!r}")
+        return {name: known[name] for name in chosen}
+
+    def load(self, part: str, companding: str) -> Data:
+        """The data, of which one kind is held in memory."""
+        if self.loaded[0] != (part, companding):
+            config = self.config
+            data = load(config.data, part, companding, self.protocol.sample_rate, config.out / "data")
+            self.loaded = ((part, companding), data)
+        return self.loaded[1]
+
+    def folder(self, part: str, companding: str) -> Path:
+        return self.config.out / "runs" / f"{self.protocol.name}-{part}-{companding}"
+
+    # --- one run ------------------------------------------------------------------------------------------------------
+
+    def one(self, row: Row, part: str, companding: str, seed: int) -> bool:
+        """Train and score one row; False if that was done before."""
+        out = self.folder(part, companding) / row.name / f"seed{seed}"
+        asked = {"config": described(row), "targets": self.targets}
+        if (out / RESULT).is_file():
+            found = read(out / RESULT)
+            if any(found[key] != value for key, value in asked.items()):
+                raise ValueError(f"{out}: holds a run of other settings; use another --out")
+            return False
+        data, protocol = self.load(part, companding), self.protocol
+        lr = self.learning_rate(row.family, part, companding)
+        print(f"{part} {companding}: {row.title}, seed {seed}, lr {lr:g}", flush=True)
+        model, history, curve, seconds = self.train(row, data, out / "training", seed, lr, self.steps)
+        began = time.monotonic()
+        test = self.test(model, data)
+        positions = position_bits(
+            model,
+            data.test,
+            protocol.position_sights,
+            length=protocol.position_length,
+            windows=protocol.position_windows,
+        )
+        record = {
+            "row": row.name,
+            "title": row.title,
+            "family": row.family,
+            "part": part,
+            "companding": companding,
+            "seed": seed,
+            **asked,
+            "steps": self.steps,
+            "lr": lr,
+            "context": row.context(protocol),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "skipped_steps": len(history.skipped),
+            "training_seconds": seconds,
+            "test_seconds": time.monotonic() - began,
+            "curve": curve,
+            "positions": positions,
+            "test": test,
+            "data": data.facts,
+            **self.environment(),
+        }
+        checkpoint.unwrap(model).save_pretrained(out / "model")
+        write(out / RESULT, record)
+        shutil.rmtree(out / "training")
+        return True
+
+    def test(self, model: nn.Module, data: Data) -> Units:
+        """Sums by unit on the test split."""
+        return model_units(model, data.test, sight=self.protocol.sight, max_targets=self.protocol.test_targets)
+
+    @property
+    def steps(self) -> int:
+        """Steps of a row, a multiple of the number of checkpoints."""
+        n = self.protocol.checkpoints
+        return max(1, round(self.protocol.targets / (self.protocol.batch * self.protocol.length * n))) * n
+
+    @property
+    def targets(self) -> int:
+        """Targets of a row: the steps are whole."""
+        return self.steps * self.protocol.batch * self.protocol.length
+
+    def train(
+        self, row: Row, data: Data, out: Path, seed: int, lr: float, steps: int
+    ) -> tuple[nn.Module, History, list[dict], float]:
+        """Train a row for `steps`: model, history, its curve on dev, seconds of training (evaluation not counted)."""
+        protocol, path = self.protocol, out / "curve.json"
+        every = max(1, steps // protocol.checkpoints)
+        config = TrainConfig(
+            out=str(out),
+            steps=steps,
+            batch=protocol.batch,
+            length=protocol.length,
+            context=row.context(protocol),
+            lr=lr,
+            warmup=min(100, steps // 10),
+            seed=seed,
+            precision=protocol.precision,
+            device=self.device,
+            save_every=every,
+            eval_every=every,
+            keep=1,
+            tensorboard=False,
+            progress=self.config.progress,
+        )
+        points: dict[int, dict] = {point["step"]: point for point in read(path)} if path.is_file() else {}
+
+        def valid(model: nn.Module, step: int) -> Scores:
+            units = model_units(model, data.dev, sight=protocol.sight, max_targets=protocol.dev_targets)
+            scores = total(units)
+            points[step] = {
+                "step": step,
+                "targets": step * config.batch * config.length,
+                "bits": scores.bits,
+                "dev": units,
+            }
+            write(path, [points[s] for s in sorted(points) if s <= step])
+            return scores
+
+        torch.manual_seed(seed)
+        model = row.build().to(self.device)
+        if protocol.compiled and self.device != "cpu":
+            model = torch.compile(model)
+        crops = Crops(
+            data.fraction(row.share), batch=config.batch, length=config.length, context=config.context, seed=seed
+        )
+        history = self.until_deadline(lambda on_step: fit(model, crops, config, valid=valid, on_step=on_step))
+        clock, at = 0.0, {}
+        for step, speed in zip(history.step, history.samples_per_second, strict=True):
+            clock += config.batch * config.length / speed
+            at[step] = clock
+        curve = [{**points[s], "seconds": at.get(s, clock)} for s in sorted(points) if s <= steps]
+        return model, history, curve, clock
+
+    def until_deadline(self, training: Any) -> History:
+        """Run training(on_step); once the budget is spent it is asked to stop, saves, and OutOfTime is raised."""
+        self.check_time()
+        asked = False
+
+        def on_step(step: int, bits: float) -> None:
+            nonlocal asked
+            if not asked and self.deadline is not None and time.monotonic() > self.deadline:
+                asked = True
+                signal.raise_signal(signal.SIGTERM)  # fit finishes a step and saves
+
+        try:
+            return training(on_step)
+        except SystemExit:
+            if not asked:
+                raise
+            raise OutOfTime from None
+
+    def check_time(self) -> None:
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OutOfTime
+
+    # --- what surrounds the runs --------------------------------------------------------------------------------------
+
+    def learning_rate(self, family: str, part: str, companding: str) -> float:
+        """Of LEARNING_RATES the best for the family's first row, on dev, at a tenth of the steps."""
+        path = self.folder(part, companding) / "learning_rates.json"
+        known = read(path) if path.is_file() else {}
+        tried = known.setdefault(f"{family} at {self.targets}", {})
+        row = next(row for row in compare_rows.rows(self.protocol, companding).values() if row.family == family)
+        for lr in LEARNING_RATES:
+            if f"{lr:g}" not in tried:
+                out, data = path.parent / f"lr-{family}-{self.targets}-{lr:g}", self.load(part, companding)
+                print(f"{part} {companding}: {row.title}, learning rate {lr:g} on a tenth of the targets", flush=True)
+                _, _, curve, _ = self.train(row, data, out, 0, lr, max(1, self.steps // 10))
+                tried[f"{lr:g}"] = curve[-1]["bits"]
+                write(path, known)
+                shutil.rmtree(out)
+        return float(min(tried, key=lambda lr: tried[lr]))
+
+    def trivial(self, part: str, companding: str) -> None:
+        """Score the trivial predictors, once."""
+        path = self.folder(part, companding) / "trivial.json"
+        if path.is_file():
+            return
+        data, protocol = self.load(part, companding), self.protocol
+        print(f"{part} {companding}: trivial predictors", flush=True)
+        units = trivial_units(data.train, data.test, sight=protocol.sight, max_targets=protocol.test_targets)
+        write(path, {"part": part, "companding": companding, "test": units, "data": data.facts, **self.environment()})
+
+    def speed(self, row: Row) -> None:
+        """Time and memory of a row, alone, once; nothing else of this command runs meanwhile."""
+        path = self.config.out / "runs" / f"{self.protocol.name}-speed" / f"{row.name}.json"
+        if not path.is_file():
+            self.check_time()
+            write(path, {"row": row.name, "config": described(row), **self.speeds(row), **self.environment()})
+
+    def speeds(self, row: Row) -> dict[str, float]:
+        """Median ms of a training step and of a generated sample (batch 1), bytes kept for a backward pass."""
+        protocol = self.protocol
+        torch.manual_seed(0)
+        model = row.build().to(self.device)
+        n_class = model.config.n_class
+        codes = torch.randint(
+            0, n_class, (protocol.batch, row.context(protocol) + protocol.length + 1), device=self.device
+        )
+        targets = codes[:, -protocol.length :]
+
+        def forward() -> torch.Tensor:
+            with torch.autocast(self.device, torch.bfloat16, enabled=protocol.precision == "bf16"):
+                logits = predict(model, codes[:, :-1], targets, {})
+            return cross_entropy(model, logits.float(), targets)
+
+        def generating(n: int) -> float:
+            return self.median_ms(lambda: model.generate(n), 3)
+
+        kept = measured(model, forward)
+        step = self.median_ms(lambda: forward().backward(), 5)
+        n = 50
+        while generating(n) < 100 and n < 1 << 20:
+            n *= 2
+        return {
+            "step_ms": step,
+            "kept_bytes": kept,
+            "step_targets": protocol.batch * protocol.length,
+            "sample_ms": (generating(3 * n) - generating(n)) / (2 * n),  # the difference leaves out packing the weights
+        }
+
+    def median_ms(self, call: Any, rounds: int) -> float:
+        times = []
+        for _ in range(1 + rounds):  # the first warms up
+            began = time.perf_counter()
+            call()
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+            times.append(1000 * (time.perf_counter() - began))
+        return sorted(times[1:])[rounds // 2]
+
+    def calibrate(self, kinds: list[tuple[str, str]]) -> None:
+        """Set the targets so that one seed of all rows, with the choice of learning rates, takes 85 % of the budget.
+
+        The plan is kept, so that the command that goes on aims at the same.
+        """
+        path = self.config.out / "runs" / f"{self.protocol.name}-plan.json"
+        if not path.is_file():
+            seconds = 0.0  # for one target of every run
+            for _, companding in kinds:
+                table = self.rows(companding)
+                for row in table.values():
+                    per_target = self.seconds_per_target(row)
+                    first = row.name == next(r.name for r in table.values() if r.family == row.family)
+                    seconds += per_target * (1.3 if first else 1.0)
+            targets = int(0.85 * 3600 * self.config.budget_hours / seconds)
+            write(path, {"targets": targets})
+        self.protocol = replace(self.protocol, targets=read(path)["targets"])
+        print(f"{self.targets:,} targets a row")
+
+    def seconds_per_target(self, row: Row, seconds: float = 5.0) -> float:
+        """Training time of a target, from `seconds` of training on random codes; compiling comes before them."""
+        protocol = self.protocol
+        model = row.build().to(self.device)
+        model = torch.compile(model) if protocol.compiled and self.device != "cpu" else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
+        shape = protocol.batch, row.context(protocol) + protocol.length + 1
+        codes = torch.randint(0, 256, shape, device=self.device)
+        targets = codes[:, -protocol.length :]
+
+        def step() -> float:
+            with torch.autocast(self.device, torch.bfloat16, enabled=protocol.precision == "bf16"):
+                logits = predict(model, codes[:, :-1], targets, {})
+            cross_entropy(model, logits.float(), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return time.perf_counter()
+
+        step()
+        self.median_ms(lambda: None, 1)  # waits for the device
+        began, steps = time.perf_counter(), 0
+        while step() - began < seconds:
+            steps += 1
+        self.median_ms(lambda: None, 1)
+        return (time.perf_counter() - began) / (max(1, steps) * targets.numel())
+
+    def environment(self) -> dict[str, Any]:
+        """Where and with what a run was made."""
+        return {"commit": commit(), "device": device_name(self.device), "threads": torch.get_num_threads(),
+                "torch": torch.__version__, "protocol": asdict(self.protocol)}  # fmt: skip
+
+    def report(self) -> None:
+        """Write generators.json, generators.md and generators.png from all results below OUT/runs."""
+        found = self.config.out / "runs"
+        name = self.protocol.name
+        runs = [read(path) for path in sorted(found.glob(f"{name}-*/*/seed*/{RESULT}"))]
+        trivial = [read(path) for path in sorted(found.glob(f"{name}-*/trivial.json"))]
+        speed = {record["row"]: record for record in map(read, sorted(found.glob(f"{name}-speed/*.json")))}
+        if runs or trivial:
+            compare_report.write_all(self.config.out, {"rows": runs, "trivial": trivial, "speed": speed}, self.protocol)
+
+
+def described(row: Row) -> dict[str, Any]:
+    """A row's settings as JSON holds them."""
+    return json.loads(json.dumps({**asdict(row.config), "shuffled": row.shuffled, "share": row.share}))
+
+
+def read(path: Path) -> Any:
+    """A JSON file."""
+    return json.loads(path.read_text())
+
+
+def write(path: Path, value: Any) -> None:
+    """A JSON file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f".{path.name}")
+    temp.write_text(json.dumps(value, allow_nan=False, indent=1))
+    os.replace(temp, path)
+
+
+@lru_cache(maxsize=1)
+def commit() -> str:
+    """The commit of this checkout, "+" where files differ from it; "" where this is no checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+
+
+def device_name(device: str) -> str:
+    """The processor's or the GPU's name."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def reproduce(
+    results: Path, row: str, seed: int, part: str, companding: str, *, data: Path | None, out: Path, device: str
+) -> tuple[Any, Any]:
+    """Train a recorded run again: (recorded, new) sums by piece on the test. ValueError where data or code differ."""
+    recorded = read(results)
+    runs = [run for run in recorded["rows"] if (run["row"], run["seed"]) == (row, seed)]
+    runs = [run for run in runs if (run["part"], run["companding"]) == (part, companding)]
+    if not runs:
+        known = sorted({f"{run['row']} {run['seed']} {run['part']} {run['companding']}" for run in recorded["rows"]})
+        asked = f"{row} {seed} {part} {companding}"
+        raise ValueError(f"{results}: row, seed, part and companding must be one of {known}, got {asked}")
+    (run,) = runs
+    options = {"protocol": recorded["protocol"]["name"], "targets": run["targets"], "device": device}
+    comparison = Comparison(CompareConfig(data=data, out=out, seeds=(seed,), rows=(row,), **options))
+    torch.set_num_threads(run["threads"])
+    found, model = comparison.load(part, companding), comparison.rows(companding)[row]
+    if found.digest != run["data"]["hash"]:
+        raise ValueError(f"data must be that of the recorded run, {run['data']['hash']}; got {found.digest}")
+    if described(model) != run["config"]:
+        raise ValueError(f"the row's config is another one now: {described(model)}; it was {run['config']}")
+    trained, *_ = comparison.train(model, found, out / "training", seed, run["lr"], run["steps"])
+    return run["test"], comparison.test(trained, found)

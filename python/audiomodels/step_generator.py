@@ -1,0 +1,73 @@
+"""Generation in plain torch, a sample at a time, for models without a fused kernel."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from audiomodels.generator import Generator
+from audiomodels.peers import draw
+
+
+def pick(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """logits (batch, n_class), uniforms (batch,) in [0, 1) -> classes (batch,) by inverse CDF; at 0 the most likely."""
+    return draw(logits.float() / temperature, uniforms[:, None]) if temperature else logits.argmax(1)
+
+
+class StepGenerator(Generator):
+    """Base of a model that draws its samples by `initial_state` and `step`, and takes no condition."""
+
+    def initial_state(self, batch: int) -> Any:
+        """The state of `batch` streams before their first sample."""
+        raise NotImplementedError
+
+    def step(
+        self, state: Any, last: Tensor, *, forced: Tensor | None = None, uniforms: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The sample after `last`, both codes (batch,) int64, and its logits; `state` is advanced in place.
+
+        forced: the sample, where it is known. uniforms: (batch,), from which it is drawn otherwise.
+        """
+        raise NotImplementedError
+
+    def to_codes(self, codes: Tensor) -> Tensor:
+        """Codes from outside as int64 0 .. n_class - 1."""
+        codes = codes.long()
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.n_class:
+            raise ValueError(f"codes must be in 0 .. {self.config.n_class - 1}, got {codes.min()} .. {codes.max()}")
+        return codes
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """int64 codes 0 .. n_class - 1 as `generate` gives them."""
+        return codes.to(torch.uint8 if self.config.n_class <= 256 else torch.int16)
+
+    def _condition(self, batch: int, time: int, condition: Tensor | None, label: Tensor | None) -> None:
+        if condition is not None or label is not None:
+            raise ValueError("condition and label must not be given: this model takes none")
+
+    def _stepper(
+        self, batch: int, frames: Tensor | None, temperature: float, dtype: torch.dtype
+    ) -> Callable[[int, Tensor, Tensor | None], Tensor]:
+        if dtype != torch.float32:
+            raise ValueError(f"dtype must be torch.float32 for a model without a kernel, got {dtype}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
+        state, last = self.initial_state(batch), torch.full((batch,), self.config.n_class // 2, device=self._device)
+
+        def step(first: int, uniforms: Tensor, codes: Tensor | None) -> Tensor:
+            nonlocal last
+            made = []
+            if codes is not None:
+                codes = self.to_codes(codes)
+            for t in range(uniforms.shape[1]):
+                if codes is None:
+                    last, _ = self.step(state, last, uniforms=uniforms[:, t], temperature=temperature)
+                else:
+                    last, _ = self.step(state, last, forced=codes[:, t])
+                made.append(last)
+            return self.from_codes(torch.stack(made, 1))
+
+        return step
