@@ -7,6 +7,10 @@ a missing optional package is only met by who needs it.
 """
 
 _HOME = {
+    "SampleRNN": "sample_rnn",
+    "SampleRNNConfig": "sample_rnn",
+    "WaveRNN": "wave_rnn",
+    "WaveRNNConfig": "wave_rnn",
     "SampleTransformer": "sample_transformer",
     "SampleTransformerConfig": "sample_transformer",
     "WaveNet": "wavenet",

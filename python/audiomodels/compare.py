@@ -321,9 +321,9 @@ class Comparison:
             return self.median_ms(lambda: model.generate(n), 3)
 
         kept = measured(model, forward)
-        step = self.median_ms(lambda: forward().backward(), 5)
+        step = self.median_ms(lambda: forward().backward(), 3)
         n = 50
-        while generating(n) < 100 and n < 1 << 20:
+        while generating(n) < 50 and n < 1 << 20:
             n *= 2
         return {
             "step_ms": step,
