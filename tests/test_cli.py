@@ -204,7 +204,7 @@ def test_evaluate_any_module(call, data, tmp_path, monkeypatch):
         code, out, err = call("evaluate", "--model", name, data, "--sample-rate", 8000)
         assert code == 2 and text in err and out == ""
     code, _, err = call("evaluate", data)
-    assert code == 2 and "evaluate takes MODEL and DATA" in err
+    assert code == 2 and "evaluate takes a MODEL folder and DATA" in err
 
 
 def test_comparison_commands(call, tmp_path):

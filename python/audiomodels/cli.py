@@ -352,10 +352,10 @@ def imported(name: str) -> torch.nn.Module:
     if not package or not kind:
         raise UserError(f"--model must be package:Class, got {name}")
     sys.path.insert(0, os.getcwd())  # as python -m has it
-    try:
-        model = getattr(importlib.import_module(package), kind)()
-    except AttributeError as error:
-        raise UserError(f"--model {name}: {error}") from error
+    made = getattr(importlib.import_module(package), kind, None)
+    if not callable(made):
+        raise UserError(f"--model {name}: {package} has no {kind} that can be called")
+    model = made()
     if not isinstance(model, torch.nn.Module):
         raise UserError(f"--model must give a torch.nn.Module; {name} gave {type(model).__name__}")
     return model.eval()
