@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "torch_stable.h"
+#include "generation_call.h"
 #include "wavenet_generate.h"
 
 namespace py = pybind11;
@@ -66,7 +66,7 @@ class WaveNetStream {
       throw std::invalid_argument("condition must be given exactly for a pack with condition channels");
     batch_ = state.shape(0);
     state_.assign(state.data(), state.data() + state.size());
-    wavenet_check_state(shape_, state_.data(), batch_, shape_.state_floats());
+    check_state_header(shape_.n_class, state_.data(), batch_, shape_.state_floats());
   }
 
   py::array read(int64_t n) {
@@ -101,9 +101,10 @@ class WaveNetStream {
   void generate(int64_t n, void* out, const uint8_t* pack, const float* condition, int64_t frames) {
     const int64_t stride = shape_.state_floats(), channels = shape_.condition;
     std::vector<float> uniforms(size_t(batch_ * n)), part;
-    WaveNetJob job{};
-    job.shape = &shape_;
+    GenerationJob job{};
     job.pack = pack;
+    job.n_class = shape_.n_class;
+    job.channels = channels;
     job.state = state_.data();
     job.state_stride = stride;
     job.batch = batch_;
@@ -114,7 +115,7 @@ class WaveNetStream {
       philox_uniform(seed_, uint32_t(b), state_position(job.state + b * stride), n, uniforms.data() + b * n);
     job.uniforms = uniforms.data();
     if (condition) {  // the frames that these n samples touch, of each row
-      job.frames = wavenet_frames(shape_, job.state, batch_, stride, n);
+      job.frames = touched_frames(shape_.hop, job.state, batch_, stride, n);
       part.resize(size_t(batch_ * job.frames * channels));
       for (int64_t b = 0; b < batch_; b++) {
         const int64_t position = state_position(job.state + b * stride), first = position / shape_.hop;
@@ -129,7 +130,7 @@ class WaveNetStream {
     }
     if (n == 0 || batch_ == 0) return;
     torch::stable::parallel_for(0, batch_, 1,
-                                [&](int64_t begin, int64_t end) { wavenet_run_streams(job, begin, end); });
+                                [&](int64_t begin, int64_t end) { wavenet_run_streams(shape_, job, begin, end); });
   }
 
   Array<uint8_t> weights_;

@@ -41,7 +41,15 @@ import audiokernels
 
 CODE = (".py", ".pyi", ".cpp", ".h", ".cu", ".txt", ".sh", ".md", ".toml")
 SHARED = {"philox", "backends"}  # modules of audiokernels that belong to no room, beside those with an underscore
-SHARED_HEADERS = {"isa.h", "simd.h", "torch_stable.h", "cuda_stream.h"}
+SHARED_HEADERS = {
+    "isa.h",
+    "simd.h",
+    "torch_stable.h",
+    "cuda_stream.h",
+    "generation.h",
+    "generation_call.h",
+    "packed_product.h",
+}
 OPTIONAL_HELPERS = {f"{OPS}_library.py", f"{MODELS}_optional.py", "benchmarks/common.py"}
 TORCHRUN = {"WORLD_SIZE", "RANK", "LOCAL_RANK"}  # it tells its processes nothing in another way
 BUILD_VARIABLES = {"AUDIOKERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "DEBUG"} | {"CXX", "CUDACXX", "CUDA_HOME", "PATH"}

@@ -5,8 +5,8 @@
 // exact. bfloat16 keeps that order too, except on avx512_bf16, whose instruction adds pairs.
 #pragma once
 
+#include "generation.h"
 #include "simd.h"
-#include "wavenet_generate.h"
 
 namespace audiokernels {
 namespace AUDIOKERNELS_ISA {
@@ -308,6 +308,131 @@ static int64_t rows_of(const Matrix& m, const Inputs& in, int64_t first, const S
     return end;
   }
   return first;
+}
+
+// ---- a step's products ----
+
+// Read a matrix's place in the pack, and step over it.
+static Matrix read_matrix(int64_t dtype, const uint8_t*& p, int64_t rows, int64_t taps, int64_t inputs) {
+  Matrix m{};
+  const uint8_t* end = p + matrix_bytes(dtype, rows, taps, inputs);
+  m.rows = rows, m.taps = taps, m.tap_stride = pad_lanes(inputs);
+  const int64_t group = int64_t{1} << dtype;
+  m.steps = (inputs + group - 1) / group;
+  m.bias = reinterpret_cast<const float*>(p);
+  p += 4 * rows;
+  if (dtype == kInt8) {
+    m.scale = reinterpret_cast<const float*>(p);
+    m.offset = reinterpret_cast<const int32_t*>(p + 4 * taps * rows);
+    p += 8 * taps * rows;
+  }
+  m.lanes = p;
+  m.follow = p = end;
+  return m;
+}
+
+struct Workspace {
+  Streams past;  // the taps before the newest: width - 1 times inputs padded
+  void* packed;  // inputs rounded to the pack type
+  float* scales;
+};
+
+// out = from + matrix * in; streams of one tile share every weight that is read.
+template <class Dot>
+static void multiply(const Workspace& k, const Matrix& m, const Streams& in, const Streams& from, const Streams& out) {
+  const Inputs inputs = Dot::prepare(m, k.past, in, k.packed, k.scales);
+  int64_t first = rows_of<Dot, 3>(m, inputs, 0, from, out);
+  first = rows_of<Dot, 2>(m, inputs, first, from, out);
+  first = rows_of<Dot, 1>(m, inputs, first, from, out);
+  rows_of<Dot, 0>(m, inputs, first, from, out);
+}
+
+// One stream's rows, which lie together in `row`.
+AK_INLINE void put(const Streams& out, int64_t b, const float* row, int64_t rows) {
+  for (int64_t i = 0; i < rows; i += kRowLanes)
+    for (int j = 0; j < kRowLanes; j += kLanes) store(out.at(i, b) + j, load(row + i + j));
+}
+AK_INLINE void take(float* row, const Streams& in, int64_t b, int64_t rows) {
+  for (int64_t i = 0; i < rows; i += kRowLanes)
+    for (int j = 0; j < kRowLanes; j += kLanes) store(row + i + j, load(in.at(i, b) + j));
+}
+// The same rows of every stream.
+AK_INLINE void put_all(const Streams& out, const float* row, int64_t rows) {
+  for (int64_t b = 0; b < out.batch; b++) put(out, b, row, rows);
+}
+AK_INLINE void add_all(const Streams& out, const float* row, int64_t rows) {
+  for (int64_t i = 0; i < rows; i += kRowLanes)
+    for (int64_t b = 0; b < out.batch; b++)
+      for (int j = 0; j < kRowLanes; j += kLanes) store(out.at(i, b) + j, load(out.at(i, b) + j) + load(row + i + j));
+}
+AK_INLINE void relu(const Streams& out, const Streams& in, int64_t rows) {
+  for (int64_t i = 0; i < rows * in.batch; i += kLanes) store(out.data + i, max(load(in.data + i), splat(0.0f)));
+}
+
+// ---- the end of a step: its draw ----
+
+AK_INLINE float sum_block(const float* p) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < 16; i++) sum += p[i];
+  return sum;
+}
+
+// The first class whose cumulative probability exceeds u. Blocks of 16 are summed in order, then their sums.
+static int32_t draw(float* logits, int64_t n_class, float u, float temperature) {
+  const int64_t rows = pad_lanes(n_class);
+  for (int64_t i = n_class; i < rows; i++) logits[i] = -__builtin_inff();
+  VFloat most = load(logits);
+  for (int64_t i = kLanes; i < rows; i += kLanes) most = max(load(logits + i), most);
+  const float largest = reduce_max(most);
+  if (temperature == 0.0f) {
+    for (int64_t i = 0; i < n_class; i++)
+      if (logits[i] == largest) return int32_t(i);
+    return 0;
+  }
+  float* p = logits;
+  const VFloat inverse = splat(1.0f / temperature);
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const VFloat l = (load(logits + i) - splat(largest)) * inverse;
+    store(p + i, l < splat(-87.0f) ? splat(0.0f) : exp_clamped(l, 87.0f));
+  }
+  float total = 0.0f;
+  for (int64_t i = 0; i < rows; i += 16) total += sum_block(p + i);
+  const float target = u * total;
+  float before = 0.0f;
+  for (int64_t i = 0; i < rows; i += 16) {
+    const float block = sum_block(p + i);
+    if (before + block > target) {
+      float within = 0.0f;
+      int64_t j = 0;
+      while (before + (within += p[i + j]) <= target) j++;  // ends: the last sum is `block` again
+      return int32_t(i + j);
+    }
+    before += block;
+  }
+  for (int64_t i = n_class - 1; i > 0; i--)  // u * total was rounded up to the total: the last class that can be
+    if (p[i] > 0.0f) return int32_t(i);
+  return 0;
+}
+
+AK_INLINE bool needs_logits(const GenerationJob& job, int64_t t) { return job.logits || t >= job.forced; }
+
+// Step t of every stream is done but for its code, position and results. row: for the logits of one stream.
+static void finish_step(const GenerationJob& job, int64_t t, const Streams& logits, float* row) {
+  for (int64_t b = 0; b < job.batch; b++) {
+    float* state = job.state + b * job.state_stride;
+    if (needs_logits(job, t)) take(row, logits, b, pad_lanes(job.n_class));
+    if (job.logits) memcpy(job.logits + (b * job.n + t) * job.n_class, row, size_t(job.n_class) * sizeof(float));
+    const int32_t code = t < job.forced ? job.codes[b * job.forced + t]
+                                        : draw(row, job.n_class, job.uniforms[b * job.n + t], job.temperature);
+    if (job.n_class <= 256)
+      static_cast<uint8_t*>(job.out)[b * job.n + t] = uint8_t(code);
+    else
+      static_cast<int16_t*>(job.out)[b * job.n + t] = int16_t(code);
+    const int64_t next = state_position(state) + 1;
+    state[0] = float(next % kPositionBase);
+    state[1] = float(next / kPositionBase);
+    state[2] = float(code);
+  }
 }
 
 }  // namespace

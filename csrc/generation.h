@@ -1,0 +1,48 @@
+// What the generators share on the CPU: packed matrices (audiokernels/_packing.py), the head of a state, a thread's
+// job.
+#pragma once
+
+#include <cstdint>
+
+namespace audiokernels {
+
+enum PackDtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+
+constexpr int64_t kRowLanes = 16;     // outputs are padded to this
+constexpr int64_t kStateHeader = 16;  // floats: position % 2^20, position / 2^20, last code, unused
+constexpr int64_t kPositionBase = 1 << 20;
+constexpr int64_t kMaxInputs = 65536;  // 255 * 127 * inputs stays below 2^31
+
+// Never a shared inline copy: this header is compiled once per instruction set.
+__attribute__((always_inline)) constexpr int64_t pad_lanes(int64_t n) {
+  return (n + kRowLanes - 1) / kRowLanes * kRowLanes;
+}
+
+__attribute__((always_inline)) constexpr int64_t matrix_bytes(int64_t dtype, int64_t rows, int64_t taps,
+                                                              int64_t inputs) {
+  const int64_t group = int64_t{1} << dtype;  // inputs in one 32-bit lane: 1, 2, 4
+  return 4 * rows + (dtype == kInt8 ? 8 * taps * rows : 0) + taps * ((inputs + group - 1) / group) * rows * 4;
+}
+
+__attribute__((always_inline)) inline int64_t state_position(const float* state) {
+  return int64_t(state[0]) + kPositionBase * int64_t(state[1]);
+}
+
+// One thread's part of a call: n samples of `batch` streams, everything checked before.
+struct GenerationJob {
+  const uint8_t* pack;
+  float* state;  // batch rows, state_stride apart
+  int64_t state_stride;
+  const float* uniforms;  // (batch, n)
+  const int32_t* codes;   // (batch, forced)
+  int64_t forced;
+  const float* condition;  // (batch, frames, channels), or null
+  int64_t frames, channels;
+  void* out;      // (batch, n) uint8, or int16 above 256 classes
+  float* logits;  // (batch, n, n_class), or null
+  int64_t n_class, batch, n;
+  float temperature;
+  float* scratch;  // aligned to 64 bytes
+};
+
+}  // namespace audiokernels
