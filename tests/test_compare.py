@@ -224,6 +224,19 @@ def test_verdicts(a, b, says):
         assert found.difference.value == pytest.approx((a.bits.value - b.bits.value), abs=1e-9)
 
 
+def test_undertrained_is_not_better_than_lpc():
+    kind = {"part": "piano", "companding": "mulaw"}
+    runs = [{**run, **kind, "row": name} for name, nats in (("a", 2.0), ("b", 2.2)) for run in line(name, nats).runs]
+    floor = {"lpc64": {"u": [100 * 2.1, 0, 0, 100]}, "unigram": {"u": [100 * 1.0, 0, 0, 100]}}
+    found = {"rows": runs, "trivial": [{**kind, "test": floor}]}
+    assert {row.name: row.undertrained for row in compare_report.lines_of(found, "piano", "mulaw")} == {
+        "a": False,
+        "b": True,
+    }
+    found["trivial"] = []  # nothing to be measured against
+    assert all(row.undertrained for row in compare_report.lines_of(found, "piano", "mulaw"))
+
+
 def test_smoke_says_nothing():
     lines = [line("wavenet10", 2.0), line("wavenet30", 1.9)]
     assert len(list(compare_report.orders(lines, COMPACT))) == 1
@@ -329,7 +342,8 @@ def test_results_hold_what_a_claim_needs(done):
 
 def test_again_does_nothing(done, corpus):
     before = {path: path.stat().st_mtime_ns for path in done.rglob("result.json")}
-    smoke(corpus, done).run()
+    smoke(corpus, done, results=done / "elsewhere").run()
+    assert (done / "elsewhere/generators.json").read_text() == (done / "generators.json").read_text()
     assert before == {path: path.stat().st_mtime_ns for path in done.rglob("result.json")} and len(before) == 2
     with pytest.raises(ValueError, match="run of other settings"):
         smoke(corpus, done, targets=5120).run()

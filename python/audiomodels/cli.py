@@ -257,8 +257,8 @@ class BuildCorpus(corpus.CorpusConfig):
 class CompareGenerators(compare.CompareConfig):
     """Train every generator of the comparison the same way, and say which orders the results allow.
 
-    Into OUT go runs, codes of the data, generators.json, .md and .png; docs/comparison.md says how to read them. The
-    same command again goes on where it was stopped.
+    generators.json, .md and .png are written after every run; docs/comparison.md says how to read them. The same
+    command again goes on where it was stopped.
     """
 
     def run(self) -> None:
