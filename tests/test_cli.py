@@ -155,6 +155,75 @@ def test_train_generate_evaluate(call, data, tmp_path, kind):
     assert code == 0 and kind in out
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("transformer", ["--model.n-layer", 1, "--model.n-head", 1, "--model.n-embd", 8, "--model.window", 16]),
+        ("samplernn", ["--model.n-embd", 8, "--model.n-rnn", 1]),
+        ("wavernn", ["--model.n-embd", 8, "--model.head-channels", 8]),
+    ],
+)
+def test_train_and_generate_others(call, data, tmp_path, kind, sizes):
+    run, words = tmp_path / "run", ["--batch", 2, "--length", 64, "--steps", 2, "--no-progress", "--no-tensorboard"]
+    code, out, _ = call(f"train-{kind}", data, "--out", run, *sizes, "--model.sample-rate", 8000, *words)
+    assert code == 0 and ("lpc64" in out) == (kind != "wavernn")  # predictors are for 8 bits
+    code, out, _ = call("generate", run / "model", "--seconds", 0.01, "--out", tmp_path / "x.wav")
+    assert code == 0 and len(read_audio(tmp_path / "x.wav")[0]) == 80
+    code, out, _ = call("evaluate", run / "model", data)
+    assert code == 0 and "800 targets" in out
+
+
+MODULES = """
+import torch
+
+class Uniform(torch.nn.Module):
+    def __init__(self, ahead=0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.ahead = ahead
+
+    def forward(self, codes):
+        later = torch.nn.functional.one_hot(codes[:, self.ahead:].long(), 256).float()
+        later = torch.nn.functional.pad(later, (0, 0, 0, self.ahead))
+        return self.weight + (later if self.ahead else torch.zeros_like(later))
+
+def leaking():
+    return Uniform(1)
+
+def nothing():
+    return 3
+"""
+
+
+def test_evaluate_any_module(call, data, tmp_path, monkeypatch):
+    (tmp_path / "planted_models.py").write_text(MODULES)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = call("evaluate", "--model", "planted_models:Uniform", data, "--sample-rate", 8000)
+    assert code == 0 and re.search(r"Uniform +8\.000", out) and "lpc64" in out and "800 targets" in out
+    for name, text in (
+        ("planted_models:leaking", "is not causal"),
+        ("planted_models:nothing", "gave int"),
+        ("planted_models:missing", "missing"),
+        ("planted_nowhere:X", "planted_nowhere"),
+        ("planted_models", "must be package:Class"),
+    ):
+        code, out, err = call("evaluate", "--model", name, data, "--sample-rate", 8000)
+        assert code == 2 and text in err and out == ""
+    code, _, err = call("evaluate", data)
+    assert code == 2 and "evaluate takes a MODEL folder and DATA" in err
+
+
+def test_comparison_commands(call, tmp_path):
+    code, _, err = call("compare-generators", "--out", tmp_path / "c", "--protocol", "smoke")
+    assert code == 2 and "no such file, and no --data to make it from" in err
+    (tmp_path / "r.json").write_text('{"rows": []}')
+    code, _, err = call("reproduce", tmp_path / "r.json", "--row", "wavenet10", "--out", tmp_path / "d")
+    assert code == 2 and "must be one of []" in err
+    (tmp_path / "manifest.jsonl").touch()
+    code, _, err = call("build-corpus", "--out", tmp_path)
+    assert code == 2 and "holds a corpus already" in err
+
+
 def test_demo_runs_and_fails_with_one(call, monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(cli, "run", asked.append)

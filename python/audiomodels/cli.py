@@ -270,8 +270,8 @@ class BuildCorpus(corpus.CorpusConfig):
 class CompareGenerators(compare.CompareConfig):
     """Train every generator of the comparison the same way, and say which orders the results allow.
 
-    Into OUT go runs, codes of the data, generators.json, .md and .png; docs/comparison.md says how to read them. The
-    same command again goes on where it was stopped.
+    generators.json, .md and .png are written after every run; docs/comparison.md says how to read them. The same
+    command again goes on where it was stopped.
     """
 
     def run(self) -> None:
@@ -382,10 +382,10 @@ def imported(name: str) -> torch.nn.Module:
     if not package or not kind:
         raise UserError(f"--model must be package:Class, got {name}")
     sys.path.insert(0, os.getcwd())  # as python -m has it
-    try:
-        model = getattr(importlib.import_module(package), kind)()
-    except AttributeError as error:
-        raise UserError(f"--model {name}: {error}") from error
+    made = getattr(importlib.import_module(package), kind, None)
+    if not callable(made):
+        raise UserError(f"--model {name}: {package} has no {kind} that can be called")
+    model = made()
     if not isinstance(model, torch.nn.Module):
         raise UserError(f"--model must give a torch.nn.Module; {name} gave {type(model).__name__}")
     return model.eval()

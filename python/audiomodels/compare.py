@@ -38,7 +38,8 @@ class CompareConfig:
     """What to compare, and how long. The same command again goes on where it was stopped."""
 
     data: Path | None = None  # corpus folder, as build-corpus writes; not needed where OUT/data holds its codes
-    out: Path = Path("runs/compare")  # runs, codes and tables go here
+    out: Path = Path("runs/compare")  # runs and the codes of the data go here
+    results: Path | None = None  # folder of generators.json, .md and .png; default: OUT
     protocol: Literal["smoke", "compact", "h100"] = "compact"  # sizes: a test of plumbing; a CPU; one H100
     parts: tuple[str, ...] = ("piano", "speech")
     compandings: tuple[str, ...] = ("mulaw", "linear")
@@ -321,9 +322,9 @@ class Comparison:
             return self.median_ms(lambda: model.generate(n), 3)
 
         kept = measured(model, forward)
-        step = self.median_ms(lambda: forward().backward(), 5)
+        step = self.median_ms(lambda: forward().backward(), 3)
         n = 50
-        while generating(n) < 100 and n < 1 << 20:
+        while generating(n) < 50 and n < 1 << 20:
             n *= 2
         return {
             "step_ms": step,
@@ -400,7 +401,8 @@ class Comparison:
         trivial = [read(path) for path in sorted(found.glob(f"{name}-*/trivial.json"))]
         speed = {record["row"]: record for record in map(read, sorted(found.glob(f"{name}-speed/*.json")))}
         if runs or trivial:
-            compare_report.write_all(self.config.out, {"rows": runs, "trivial": trivial, "speed": speed}, self.protocol)
+            place = self.config.results or self.config.out
+            compare_report.write_all(place, {"rows": runs, "trivial": trivial, "speed": speed}, self.protocol)
 
 
 def described(row: Row) -> dict[str, Any]:

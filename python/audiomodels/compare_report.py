@@ -98,7 +98,7 @@ def lines_of(found: dict[str, Any], part: str, companding: str) -> list[Line]:
     for name in sorted(runs, key=place):
         test = bootstrap.mean([run["test"] for run in runs[name]])
         bits = bootstrap.bits(test)
-        undertrained = floor is not None and not bits.value < floor
+        undertrained = floor is None or not bits.value < floor
         lines.append(Line(name, runs[name][0]["title"], runs[name], test, bits, undertrained))
     return lines
 

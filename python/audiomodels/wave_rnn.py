@@ -65,14 +65,6 @@ class WaveRNN(nn.Module, StepGenerator):
         d = config.n_embd
         self.gru = nn.GRUCell(3, d)
         self.coarse, self.fine = Head(d // 2, config.head_channels), Head(d // 2, config.head_channels)
-        self.register_buffer("mask", self._mask(d), persistent=False)
-
-    @staticmethod
-    def _mask(d: int) -> Tensor:
-        """(3 d, 3): what each gate of each unit may see of [coarse before, fine before, coarse now]."""
-        mask = torch.ones(3, d, 3)
-        mask[:, : d // 2, 2] = 0
-        return mask.flatten(0, 1)
 
     def forward(self, codes: Tensor, targets: Tensor) -> Tensor:
         """Logits of `targets`, the codes that follow the last of `codes`.
@@ -108,8 +100,10 @@ class WaveRNN(nn.Module, StepGenerator):
 
     def _gru(self, x: Tensor, h: Tensor) -> Tensor:
         """x (batch, time, 3), h (batch, width) before it -> all states (batch, time, width)."""
-        cell = self.gru
-        weights = [cell.weight_ih * self.mask.to(x.dtype), cell.weight_hh, cell.bias_ih, cell.bias_hh]
+        cell, d = self.gru, self.config.n_embd
+        mask = cell.weight_ih.new_ones(3, d, 3)  # gate, unit, [coarse before, fine before, coarse now]
+        mask[:, : d // 2, 2] = 0
+        weights = [cell.weight_ih * mask.flatten(0, 1), cell.weight_hh, cell.bias_ih, cell.bias_hh]
         if torch.is_autocast_enabled(x.device.type):  # torch.gru wants one dtype
             dtype = torch.get_autocast_dtype(x.device.type)
             x, h, weights = x.to(dtype), h.to(dtype), [weight.to(dtype) for weight in weights]

@@ -1,0 +1,188 @@
+"""The corpus builder on a miniature: made-up packages, a stand-in for fluidsynth, no network."""
+
+import json
+import os
+import random
+import struct
+
+import numpy as np
+import pytest
+
+pytest.importorskip("soundfile")
+pytest.importorskip("scipy")
+import soundfile
+from audiomodels import corpus, corpus_piano, corpus_tools
+from audiomodels.corpus import CorpusConfig
+from audiomodels.corpus_tools import CorpusError, write_midi
+from audiomodels.data import Recordings, half_of, voice_sides
+
+RATE = 8000
+PIECES = [f"composer{i % 2}/piece{i}.mxl" for i in range(6)]
+VOICES = ("ann", "bob", "eve")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Packages as they are once unpacked: three voices (one clip twice, one silent, one broken), a soundfont."""
+    folder, rng = tmp_path / "cache", np.random.default_rng(0)
+    for voice in VOICES:
+        sounds = folder / f"voice-{voice}/sounds"
+        sounds.mkdir(parents=True)
+        for i in range(3):
+            clip = np.concatenate([np.zeros(4000), 0.1 * rng.standard_normal(9000), np.zeros(8000)])
+            soundfile.write(sounds / f"word {i}.wav", clip, 16000)
+        soundfile.write(sounds / "word 2 again.wav", clip, 16000)
+        soundfile.write(sounds / "silence.wav", np.zeros(16000), 16000)
+        (sounds / "broken.wav").write_bytes(b"RIFF")
+        (folder / f"voice-{voice}/.done").touch()
+    font = folder / "fluid-soundfont-gm" / corpus.SOUNDFONTS["fluid-soundfont-gm"][0]
+    font.parent.mkdir(parents=True)
+    font.touch()
+    (folder / "fluid-soundfont-gm/.done").touch()
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    speech = [
+        {"package": f"voice-{v}", "glob": "sounds/*.wav", "language": "en", "speaker": v, "license": "CC0"}
+        for v in VOICES
+    ]
+    piano = [{"soundfont": "fluid-soundfont-gm", "minutes": 100, "max_seconds": 20, "pieces": PIECES}]
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"name": "tiny", "valid_fraction": 0.4, "piano": piano, "speech": speech}))
+    return path
+
+
+@pytest.fixture
+def fluidsynth(tmp_path, monkeypatch):
+    """A program that writes six seconds of noise where fluidsynth would write sound; scores of 40 notes."""
+    program = tmp_path / "bin/fluidsynth"
+    program.parent.mkdir()
+    noise = 0.1 * np.random.default_rng(0).standard_normal((6 * 48000, 2))
+    soundfile.write(tmp_path / "noise.wav", noise, 48000)
+    program.write_text(f"""#!/bin/sh
+while [ $# -gt 1 ]; do
+  [ "$1" = -F ] && out=$2
+  shift
+done
+[ "$(head -c 4 "$1")" = MThd ] && cp {tmp_path}/noise.wav "$out"
+""")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(corpus_piano, "candidates", lambda block: [(f"music21:{p}", p) for p in block["pieces"]])
+    monkeypatch.setattr(corpus_piano, "score_notes", lambda path: [(i / 2, i / 2 + 0.5, 60 + i % 7) for i in range(40)])
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def built(tmp_path, cache, recipe, name="corpus", **options):
+    corpus.build(CorpusConfig(out=tmp_path / name, cache=cache, recipe=recipe, rate=RATE, jobs=1, **options))
+    return tmp_path / name
+
+
+def test_speech(tmp_path, cache, recipe, capsys):
+    out = built(tmp_path, cache, recipe, parts=("speech",), pack=True)
+    rows, sides = rows_of(out), voice_sides({f"voice:{v}" for v in VOICES})
+    assert len(rows) == 9  # nothing silent, broken or twice
+    assert capsys.readouterr().err.count("skipped") == 3
+    for row in rows:
+        assert row["split"] == sides[row["group"]] and row["group"] == f"voice:{row['labels'][1]}"
+        audio, rate = soundfile.read(out / row["path"])
+        assert rate == RATE and len(audio) / RATE == pytest.approx(row["seconds"], abs=1e-3)
+        assert 0.5625 <= row["seconds"] < 0.72 and 0.2 < np.abs(audio).max() <= 0.81  # silence cut, level even
+    assert {row["split"] for row in rows} == {"train", "dev", "test"}
+    packed = Recordings.load(out / "speech_test.mulaw.npz", sample_rate=RATE, split="test")
+    plain = Recordings.load(out, sample_rate=RATE, split="test", part="speech")
+    assert [r.group for r in packed] == [r.group for r in plain] and len(packed) == 3
+    assert all(np.array_equal(a.codes, b.codes) for a, b in zip(packed, plain, strict=True))
+    facts = json.loads((out / "sources.json").read_text())
+    assert facts["rate"] == RATE and set(facts["debian"]) == {f"voice-{v}" for v in VOICES}
+    assert not (out / ".work").exists()
+
+
+def test_piano(tmp_path, cache, recipe, fluidsynth):
+    out = built(tmp_path, cache, recipe, parts=("piano",))
+    rows = rows_of(out)
+    assert [row["source"] for row in rows] == [f"music21:{piece} + fluid-soundfont-gm" for piece in PIECES]
+    held_out = [row for row in rows if row["split"] != "train"]
+    assert 1 <= len(held_out) <= 3 and all(row["split"] == half_of(row["group"]) for row in held_out)
+    notes = [json.loads(line) for line in (out / "notes.jsonl").read_text().splitlines()]
+    assert [n["path"] for n in notes] == [row["path"] for row in rows] and len(notes[0]["notes"]) == 40
+    audio, _ = soundfile.read(out / rows[0]["path"])
+    assert 0.5 <= np.abs(audio).max() <= 0.9
+    again = built(tmp_path, cache, recipe, name="again", parts=("piano",))
+    for path in sorted(p.relative_to(out) for p in out.rglob("*") if p.is_file()):
+        assert (again / path).read_bytes() == (out / path).read_bytes(), path
+
+
+def test_data_takes_the_splits(tmp_path, cache, recipe, fluidsynth):
+    out = built(tmp_path, cache, recipe)
+    groups = {s: {r.group for r in Recordings.load(out, sample_rate=RATE, split=s)} for s in ("train", "dev", "test")}
+    assert all(groups.values())
+    assert not (groups["train"] & groups["dev"] or groups["train"] & groups["test"] or groups["dev"] & groups["test"])
+
+
+def test_midi_bytes(tmp_path):
+    """One note of a quarter second: the file by the book."""
+    write_midi(tmp_path / "x.mid", [(0.0, 0.25, 60, 100, 0)], [(0.0, 0, 64, 127)], [(0.0, 0, 4)], tail=0.5)
+    track = bytes([0, 0xFF, 0x51, 3, 0x07, 0xA1, 0x20])  # 500,000 microseconds a quarter note
+    track += bytes([0, 0xC0, 4, 0, 0xB0, 64, 127, 0, 0x90, 60, 100])
+    track += bytes([0x83, 0x60, 0x80, 60, 0])  # 480 ticks later
+    track += bytes([0x87, 0x40, 0xFF, 0x2F, 0])  # 960 ticks later
+    head = b"MThd" + struct.pack(">IHHH", 6, 0, 1, 960) + b"MTrk" + struct.pack(">I", len(track))
+    assert (tmp_path / "x.mid").read_bytes() == head + track
+
+
+def test_a_performance_can_be_played():
+    """Within its time, one note of a key at a time, louder on top, the same from the same seed."""
+    score = [(i / 4, i / 4 + 1.0, 48 + 12 * (i % 3)) for i in range(200)] + [(0.0, 2.0, 90)]
+    played, controls = corpus_piano.perform(sorted(score), random.Random(3), 20.0)
+    assert played == corpus_piano.perform(sorted(score), random.Random(3), 20.0)[0]
+    assert played == sorted(played) and 20 < len(played) < 201
+    for onset, offset, _, velocity, _ in played:
+        assert 0 <= onset < offset <= 20.0 and 20 <= velocity <= 118
+    for pitch in {note[2] for note in played}:
+        mine = [note for note in played if note[2] == pitch]
+        for first, second in zip(mine, mine[1:], strict=False):
+            assert first[1] <= second[0] or first[1] - first[0] == pytest.approx(0.03)
+    assert all(0 <= time <= 20.0 for time, *_ in controls)
+
+
+def test_trim_and_rate():
+    audio = np.concatenate([np.zeros(RATE), 0.5 * np.ones(RATE), np.zeros(RATE)]).astype(np.float32)
+    assert len(corpus_tools.trim(audio, RATE, pad=0.05)) == RATE + 2 * int(0.05 * RATE)
+    assert len(corpus_tools.trim(np.zeros(RATE), RATE)) == 0
+    stereo = np.stack([audio, -audio], 1)
+    assert not corpus_tools.to_rate(stereo, RATE, RATE).any()
+    tone = np.sin(np.arange(16000) * 0.05)
+    down = corpus_tools.to_rate(tone, 16000, 8000)
+    assert len(down) == 8000 and np.abs(down[100:-100] - tone[200:-200:2]).max() < 0.01
+
+
+def test_what_is_missing_is_named(tmp_path, cache, recipe, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CorpusError, match="apt-get is missing: apt-get install -y --no-install-recommends apt"):
+        built(tmp_path, tmp_path / "empty", recipe, parts=("speech",))
+    monkeypatch.setattr(corpus_piano, "candidates", lambda block: [("music21:a/b.mxl", "")])
+    monkeypatch.setattr(corpus_piano, "score_notes", lambda path: [(i, i + 1, 60) for i in range(40)])
+    with pytest.raises(CorpusError, match="fluidsynth is missing: apt-get install"):
+        built(tmp_path, cache, recipe, name="b", parts=("piano",))
+    (cache / "voice-ann/sounds/x.g722").write_bytes(bytes(16000))
+    text = recipe.read_text().replace("sounds/*.wav", "sounds/*.g722")
+    recipe.write_text(text)
+    with pytest.raises(CorpusError, match="ffmpeg is missing"):
+        built(tmp_path, cache, recipe, name="c", parts=("speech",))
+    assert not list(tmp_path.glob("*/.work"))
+
+
+def test_wrong_options(tmp_path, cache, recipe):
+    with pytest.raises(ValueError, match="parts must be among piano, speech, got drums"):
+        CorpusConfig(out=tmp_path, parts=("drums",))
+    with pytest.raises(ValueError, match="jobs must be at least 1"):
+        CorpusConfig(out=tmp_path, jobs=0)
+    (tmp_path / "manifest.jsonl").touch()
+    with pytest.raises(CorpusError, match="holds a corpus already"):
+        corpus.build(CorpusConfig(out=tmp_path, cache=cache))
