@@ -45,7 +45,11 @@ SHARED_HEADERS = {"isa.h", "simd.h", "torch_stable.h", "cuda_stream.h"}
 OPTIONAL_HELPERS = {f"{OPS}_library.py", f"{MODELS}_optional.py", "benchmarks/common.py"}
 TORCHRUN = {"WORLD_SIZE", "RANK", "LOCAL_RANK"}  # it tells its processes nothing in another way
 BUILD_VARIABLES = {"AUDIOKERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "DEBUG"} | {"CXX", "CUDACXX", "CUDA_HOME", "PATH"}
-DISTRIBUTION = {"sklearn": "scikit-learn", "torch.utils.tensorboard": "tensorboard"}  # where names differ
+DISTRIBUTION = {  # where names differ
+    "sklearn": "scikit-learn",
+    "torch.utils.tensorboard": "tensorboard",
+    "vector_quantize_pytorch": "vector-quantize-pytorch",
+}
 
 rule = Rules()
 
