@@ -315,7 +315,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
 def code_recordings(recordings: Recordings, coder: nn.Module) -> Recordings:
     """Each of `recordings` (of sound) as its stream of codes, for Crops, fit and evaluate.
 
-    coder: has encode(audio (1, samples)) -> codes (1, time), `sample_rate`, `hop` and config.n_code, as PatchCodes. A
+    coder: has encode(audio (1, samples)) -> codes (1, time), `sample_rate`, `hop` and `codebook`, as PatchCodes. A
     recording shorter than a code is left out; what stays keeps name, group and label.
     """
     if recordings.sample_rate != coder.sample_rate:
@@ -331,7 +331,7 @@ def code_recordings(recordings: Recordings, coder: nn.Module) -> Recordings:
         streams,
         sample_rate=max(1, round(coder.sample_rate / coder.hop)),
         companding="codes",
-        n_class=coder.config.n_code,
+        n_class=len(coder.codebook),
         label_names=recordings.label_names,
     )
 
