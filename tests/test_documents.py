@@ -162,7 +162,7 @@ def test_a_python_block_that_fails_is_seen():
 
 def misunderstood(text: str, helps: dict[str, str]) -> Iterator[str]:
     """Commands and options in the code of `text` that the help texts {command: help} do not know, or that it lacks."""
-    used = [match for _, match in lines(r"^\s*audiokernels ([a-z]+)\b(.*)", code_of(text))]
+    used = [match for _, match in lines(r"^\s*audiokernels ([a-z][a-z-]*)(.*)", code_of(text))]
     yield from sorted({match[1] for match in used} ^ set(helps))
     for match in used:
         for option in re.findall(r"(?<!\S)--?[\w.-]+", match[2].split("#")[0]):

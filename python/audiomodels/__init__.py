@@ -7,6 +7,14 @@ a missing optional package is only met by who needs it.
 """
 
 _HOME = {
+    "AudioTransformer": "audio_transformer",
+    "AudioTransformerConfig": "audio_transformer",
+    "CNN": "cnn",
+    "CNNConfig": "cnn",
+    "TagClips": "tag_data",
+    "TagCrops": "tag_data",
+    "Mixtures": "tag_data",
+    "Tagging": "tagging",
     "WaveNet": "wavenet",
     "WaveNetConfig": "wavenet",
     "AudioError": "audio",

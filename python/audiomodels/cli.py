@@ -1,4 +1,5 @@
-"""The commands of `audiokernels`: info, demo, train, generate, evaluate, bench; each is a dataclass of its options.
+"""The commands of `audiokernels`, each a dataclass of its options: those of generators here, others in listening.py
+and continuing.py.
 
 A mistake of the user's (a missing file, a folder that holds no model) is one line on standard error and exit code 2; a
 demo whose result is not good enough is exit code 1.
@@ -21,9 +22,9 @@ from typing import Annotated, Literal, Union
 
 import torch
 
-from audiomodels import checkpoint, peers, plots, predictors, quantize, textless
+from audiomodels import checkpoint, continuing, listening, peers, plots, predictors, quantize
 from audiomodels._optional import require
-from audiomodels.audio import read_audio, read_mono, write_audio
+from audiomodels.audio import read_audio, write_audio
 from audiomodels.data import Crops, Recordings
 from audiomodels.demo import DemoConfig, DemoError, run
 from audiomodels.pretrained import ModelError
@@ -78,6 +79,8 @@ class Demo(DemoConfig):
 @dataclass
 class Train:
     """Train a WaveNet: any folder of audio, a manifest.jsonl, a .npz pack of codes, or one audio file.
+
+    `train --model audio_transformer` and `train --model cnn` train taggers; each of them has its own --help.
 
     Into the folder OUT go checkpoints, log.jsonl and, at the end, `model` (for generate and evaluate), scores.json and
     report.png. The same command again goes on where it was stopped. Held out is the split "dev" of the data, or, where
@@ -219,67 +222,29 @@ class Bench:
         return 0
 
 
-@dataclass
-class TrainUnits:
-    """Train what `continue` needs, on recordings alone: units of sound, a language model over them, and a way back.
-
-    DATA is a folder of audio, a manifest.jsonl or one audio file; no text, no labels. Into the folder OUT go the models
-    and the checkpoints of their training; the same command again goes on where it was stopped.
-    """
-
-    data: Data  # folder, manifest.jsonl or audio file
-    training: Annotated[textless.UnitTraining, tyro.conf.arg(name="")]
-    part: Name = None  # a part of the manifest, for example speech
-
-    def run(self) -> None:
-        if not self.data.exists():
-            raise UserError(f"{self.data}: no such file or folder")
-        rate = 16000 if self.training.encoder else self.training.patches.sample_rate
-        kind = {"sample_rate": rate, "companding": "linear", "n_class": 1 << 16, "part": self.part}
-        try:
-            recordings = Recordings.load(self.data, **kind, split="train")
-        except ValueError:  # no such split, or a problem that the next line meets too
-            recordings = Recordings.load(self.data, **kind)
-        print(f"{self.training.n_code} units from {recordings.seconds:.1f} s of sound")
-        textless.train_units(recordings, self.training)
-        print(f"{self.training.out}: audiokernels continue FILE --models {self.training.out} -o out.wav")
-
-
-@dataclass
-class Continue:
-    """Continue a recording, speech or music, with the models that `train-units` wrote: the sound, and what follows."""
-
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]  # audio file to continue
-    models: Path = Path("units")  # folder that train-units wrote
-    seconds: float = 5.0  # of new sound
-    out: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("out.wav")  # .wav or .flac
-    temperature: float = 1.0  # 0: always the most probable unit and sample
-    seed: int = 0  # of the draws
-
-    def run(self) -> None:
-        if not 0 < self.seconds <= 3600:
-            raise UserError(f"--seconds must be above 0 and at most 3600, got {self.seconds:g}")
-        if self.out.suffix.lower() not in (".wav", ".flac"):
-            raise UserError(f"--out must end in .wav or .flac, got {self.out}")
-        models = textless.load(self.models)
-        audio, _ = read_mono(self.file, sample_rate=models.coder.sample_rate)
-        options = {"temperature": self.temperature, "seed": self.seed, "progress": True}
-        sound = textless.continue_sound(models, audio, self.seconds, **options)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        write_audio(self.out, sound, models.coder.sample_rate)
-        print(self.out)
-
-
 COMMANDS = {
     "info": Info,
     "demo": Demo,
     "train": Train,
     "generate": Generate,
     "evaluate": Evaluate,
-    "train-units": TrainUnits,
-    "continue": Continue,
+    **listening.COMMANDS,
+    **continuing.COMMANDS,
     "bench": Bench,
 }
+TRAIN = {"wavenet": Train, **listening.TRAIN}  # by --model
+
+
+def chosen(words: Sequence[str]) -> tuple[dict[str, type], list[str]]:
+    """The commands, `train` being that of the model that `train --model NAME` asks for, and the words without it."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--model=") else [word])]
+    if words[:1] != ["train"] or "--model" not in words:
+        return COMMANDS, words
+    place = words.index("--model")
+    name = words[place + 1] if place + 1 < len(words) else "nothing"
+    if name not in TRAIN:
+        raise UserError(f"--model must be one of {', '.join(TRAIN)}; got {name}")
+    return COMMANDS | {"train": TRAIN[name]}, words[:place] + words[place + 2 :]
 
 
 def splits(source: Path, config: WaveNetConfig, split: str, part: str | None) -> tuple[Recordings, Recordings, str]:
@@ -311,15 +276,16 @@ def table(scores: dict[str, Scores]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the words (default: those of the process) ask for; always ends in SystemExit."""
-    commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
     logging.basicConfig(format="audiokernels: %(message)s")
     warnings.showwarning = lambda message, *_: print(f"audiokernels: {message}", file=sys.stderr)
     try:
+        kinds, words = chosen(sys.argv[1:] if arguments is None else arguments)
+        commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())
         command = tyro.cli(
             Union[commands],  # noqa: UP007 (a tuple)
             prog="audiokernels",
-            description="Raw-audio WaveNets: train, generate, evaluate, on the fused kernels of audiokernels.",
-            args=arguments,
+            description="Raw-audio models: generate sound, tell what is heard; on the fused kernels of audiokernels.",
+            args=words,
         )
         raise SystemExit(command.run() or 0)
     except DemoError as error:

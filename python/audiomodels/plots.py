@@ -124,9 +124,14 @@ def _hz_ticks(axis: Axes, bins: int, sample_rate: int, scale: Callable[[float], 
 
 
 def loss_curve(
-    axis: Axes, steps: Sequence[int], bits: Sequence[float], lines: Mapping[str, float] | None = None
+    axis: Axes,
+    steps: Sequence[int],
+    bits: Sequence[float],
+    lines: Mapping[str, float] | None = None,
+    *,
+    unit: str = "bits per sample",
 ) -> None:
-    """Bits per sample over steps, each step thin and a running mean over it; `lines` are levels to compare with."""
+    """Bits over steps, each step thin and a running mean over it; `lines` are levels to compare with."""
     axis.plot(steps, bits, color=BLUE, alpha=0.3, linewidth=0.8)
     total, weight, means = 0.0, 0.0, []
     for value in bits:
@@ -135,7 +140,7 @@ def loss_curve(
     axis.plot(steps, means, color=BLUE, linewidth=1.5, label="training (running mean)")
     for (name, value), style in zip((lines or {}).items(), ("-", "--", ":", "-."), strict=False):
         axis.axhline(value, color=ORANGE if style == "-" else GREY, linestyle=style, linewidth=1.2, label=name)
-    axis.set(xlabel="step", ylabel="bits per sample", xlim=(0, max(steps, default=1)))
+    axis.set(xlabel="step", ylabel=unit, xlim=(0, max(steps, default=1)))
     axis.set_ylim(bottom=0)
     axis.legend(fontsize=8, frameon=False)
 

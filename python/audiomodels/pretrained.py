@@ -17,7 +17,7 @@ import torch
 from audiomodels._optional import require
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-T = TypeVar("T", bound="Pretrained")
+T, C = TypeVar("T", bound="Pretrained"), TypeVar("C")
 MAX_CONFIG_BYTES = 1 << 20
 # What a tensor of the model may be in a file: floats of any width; what counts or flags, as it is.
 DTYPES = {
@@ -54,7 +54,7 @@ class Pretrained(require("huggingface_hub").PyTorchModelHubMixin):
             raise ModelError(
                 f"{folder}: no such folder; it must hold {CONFIG} and {WEIGHTS}, as save_pretrained writes"
             )
-        config = _read_config(folder / CONFIG, cls.config_class)
+        config = read_config(folder, cls.config_class)
         with torch.device("meta"):  # shapes only
             model = cls(config)
         weights = _read_weights(folder / WEIGHTS, model.state_dict(), device)
@@ -62,7 +62,9 @@ class Pretrained(require("huggingface_hub").PyTorchModelHubMixin):
         return model.eval()
 
 
-def _read_config(path: Path, config_class: type):
+def read_config(folder: Path, config_class: type[C]) -> C:
+    """The config of a model folder, as the dataclass that its class names. Errors: ModelError."""
+    path = folder / CONFIG
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     if path.stat().st_size > MAX_CONFIG_BYTES:

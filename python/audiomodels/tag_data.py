@@ -102,6 +102,16 @@ class TagClips:
         return cls([audio for audio, _ in read], labels, names, sample_rate, tuple(group for _, _, group in rows))
 
 
+def training_data(
+    source: str | os.PathLike, part: str, sample_rate: int, *, batch: int, seed: int
+) -> tuple[TagCrops, TagClips]:
+    """(batches to train on, dev) of FSD50K, or of the corpus's tags (from tags_src, mixed afresh) or pitch."""
+    mixed = part == "tags" and not (Path(source) / "FSD50K.ground_truth").is_dir()
+    train = TagClips.load(source, split="train", part="tags_src" if mixed else part, sample_rate=sample_rate)
+    dev = TagClips.load(source, split="dev", part=part, sample_rate=sample_rate)
+    return (Mixtures if mixed else TagCrops)(train, batch=batch, seed=seed), dev
+
+
 def _read(file: Path, sample_rate: int) -> tuple[Tensor, int]:
     audio, info = read_mono(file, sample_rate=sample_rate)
     return (audio * 32768).round().clamp(-32768, 32767).to(torch.int16), info.sample_rate

@@ -1,0 +1,252 @@
+"""Commands of `audiokernels` around listening: train (taggers), tag, spectrogram, plot-filters. cli.py runs them."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+
+from audiomodels import checkpoint, filters, plots
+from audiomodels._optional import require
+from audiomodels.audio import read_audio
+from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
+from audiomodels.cnn import CNN, CNNConfig
+from audiomodels.data import clips, rows_of
+from audiomodels.pretrained import ModelError, read_config
+from audiomodels.tag_data import training_data
+from audiomodels.tagger import Tagger, TaggerConfig, seconds_of
+from audiomodels.tagging import Tagging, average_precisions, score_clips, tag_scores
+from audiomodels.train import TrainConfig, fit
+
+tyro = require("tyro")
+Files = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE...")]
+AudioFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+Models = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL...")]
+Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
+Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+
+
+@dataclass
+class TaggerTrainConfig(TrainConfig):
+    """TrainConfig with what suits taggers. `length` is the second that a crop has, and follows the model."""
+
+    steps: int = 4000
+    batch: int = 64
+    length: tyro.conf.Suppress[int] = 16000
+    context: tyro.conf.Suppress[int] = 0
+    eval_targets: int = 2000
+    """Most clips in an evaluation during training."""
+
+
+@dataclass
+class _TrainTagger:
+    data: Data  # folder of FSD50K (with FSD50K.ground_truth), or a corpus of `build-corpus`
+    training: Annotated[TaggerTrainConfig, tyro.conf.arg(name="")]
+    part: Literal["tags", "pitch"] = "tags"  # of a corpus: sound events, or notes of chords
+
+    def run(self) -> None:
+        config = self.model
+        if config.labels or config.n_class != TaggerConfig.n_class:
+            raise ValueError("--model.labels and --model.n-class come from the data")
+        rate = config.sample_rate
+        crops, dev = training_data(self.data, self.part, rate, batch=self.training.batch, seed=self.training.seed)
+        config = dataclasses.replace(config, n_class=len(dev.names), labels=dev.names)
+        training = dataclasses.replace(self.training, length=rate)
+        torch.manual_seed(training.seed)
+        model = {AudioTransformerConfig: AudioTransformer, CNNConfig: CNN}[type(config)](config)
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{count:,} parameters; {config.n_class} labels; training on {crops.clips.seconds:,.0f} s in "
+              f"{len(crops.clips):,} clips; held out: dev, {len(dev):,} clips")  # fmt: skip
+        history = fit(model, crops, training, valid=dev, task=Tagging())
+        if checkpoint.distributed() and torch.distributed.get_rank() > 0:
+            return  # rank 0 scores and writes
+        model, out = checkpoint.unwrap(model), Path(training.out)
+        model.save_pretrained(out / "model")
+        found = score_clips(model, dev)
+        scores = tag_scores(found, dev.labels)
+        (out / "scores.json").write_text(json.dumps(dataclasses.asdict(scores), indent=2))
+        _report(history, scores, average_precisions(found, dev.labels), dev.names).savefig(out / "report.png")
+        print(f"mAP {scores.mean_ap:.3f} over {scores.n_scored} labels ({scores.n_skipped} skipped: no clip of dev has "
+              f"them); frame AP {scores.frame_ap:.3f}, note F1 {scores.note_f1:.3f}")  # fmt: skip
+        print(f"{out / 'model'}: audiokernels tag FILE --model {out / 'model'}")
+
+
+@dataclass
+class TrainAudioTransformer(_TrainTagger):
+    """Train an AudioTransformer to tell sound events, or notes, from the waveform.
+
+    On FSD50K as it is downloaded, or on a corpus; the corpus's sound events are mixed afresh for each step. Into the
+    folder OUT go checkpoints, log.jsonl and, at the end, `model` (for tag and plot-filters), scores.json, report.png.
+    The same command again goes on where it was stopped.
+    """
+
+    model: AudioTransformerConfig = dataclasses.field(default_factory=AudioTransformerConfig)
+
+
+@dataclass
+class TrainCNN(_TrainTagger):
+    """Train a convolutional tagger on log-mel: `--model.kind` vgg, resnet18, densenet121 or crnn.
+
+    The same data and files as `train --model audio_transformer`.
+    """
+
+    model: CNNConfig = dataclasses.field(default_factory=CNNConfig)
+
+
+def _report(history, scores, precisions: torch.Tensor, names: tuple[str, ...]) -> plots.Figure:
+    fig, grid = plots.figure(13, 4.5, 1, 3)
+    axis = plots.add(fig, grid[0, 0], f"training loss, {history.throughput / 16000:,.0f} clips/s")
+    plots.loss_curve(axis, history.step, history.bits, {"dev, at the end": scores.bits}, unit="bits per label")
+    axis = plots.add(fig, grid[0, 1], "mAP on dev")
+    axis.plot(history.valid_step, [s.mean_ap for s in history.valid], color=plots.BLUE, marker="o", markersize=3)
+    axis.set(xlabel="step", ylim=(0, 1))
+    order = [i for i in precisions.argsort(descending=True).tolist() if precisions[i] == precisions[i]]
+    shown = order if len(order) <= 16 else [*order[:8], *order[-8:]]
+    title = "average precision" if shown == order else "average precision, the 8 best and 8 worst labels"
+    plots.bars(plots.add(fig, grid[0, 2], title), {names[i]: float(precisions[i]) for i in shown}, "on dev")
+    return fig
+
+
+@dataclass
+class Tag:
+    """Name the sounds in an audio file: prints the top labels, and draws them over time."""
+
+    file: AudioFile  # any sound file
+    model: Folder  # model folder of `train --model audio_transformer` or `train --model cnn`
+    top: int = 8  # labels shown
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None  # the picture; default: FILE's name + _tags.png
+
+    def run(self) -> None:
+        if self.top < 1:
+            raise ValueError(f"--top must be at least 1, got {self.top}")
+        model = load_tagger(self.model)
+        config = model.config
+        audio, rate = read_audio(self.file, sample_rate=config.sample_rate)
+        names = config.labels or tuple(f"label {i}" for i in range(config.n_class))
+        seconds = len(audio) / rate
+        hop = max(0.1, seconds / 500)
+        found = model.score(torch.stack(seconds_of(audio, rate, hop)))
+        clip = model.score(torch.stack(seconds_of(audio, rate))).mean(0)
+        best = clip.argsort(descending=True)[: self.top].tolist()
+        for i in best:
+            print(f"{clip[i]:.2f}  {names[i]}")
+        fig, grid = plots.figure(11, 3.6 + 0.28 * len(best), 3, 1, heights=[1, 1.4, 0.25 * len(best) + 0.3])
+        plots.sound(plots.add(fig, grid[0, 0], self.file.name), "waveform", audio, rate)
+        plots.sound(plots.add(fig, grid[1, 0], "mel"), "mel", audio, rate)
+        axis = plots.add(fig, grid[2, 0], "probability of each label in the second around each moment")
+        # crop i is centred half a second after it begins; a file of less than a second is one crop
+        ends = (0.5 - hop / 2, seconds - 0.5 + hop / 2) if len(found) > 1 else (0, seconds)
+        image = axis.imshow(found[:, best].T, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest",
+                            extent=(*ends, len(best) - 0.5, -0.5))  # fmt: skip
+        axis.set_yticks(range(len(best)), [names[i] for i in best])
+        axis.set(xlabel="seconds", xlim=(0, seconds))
+        fig.colorbar(image, ax=axis, pad=0.01)
+        path = self.out or Path(f"{self.file.stem}_tags.png")
+        fig.savefig(path)
+        print(path)
+
+
+def load_tagger(folder: Path) -> Tagger:
+    """The tagger that a folder holds, whichever it is. Errors: ModelError."""
+    try:
+        read_config(folder, CNNConfig)
+    except ModelError:
+        return AudioTransformer.from_pretrained(folder)  # or its error
+    return CNN.from_pretrained(folder)
+
+
+@dataclass
+class Spectrogram:
+    """Draw audio files: waveform, spectrogram, log-frequency, mel, constant-Q; a picture for each file."""
+
+    files: Files  # audio files
+    out: Folder = Path(".")  # where FILE's picture, of the same name with .png, is written
+    kinds: tuple[Literal["waveform", "spectrogram", "log-frequency", "mel", "constant-Q"], ...] = plots.KINDS  # rows
+
+    def run(self) -> None:
+        if not self.files or not self.kinds:
+            raise ValueError("at least one FILE and one of --kinds must be given")
+        pictures = [self.out / f"{file.stem}.png" for file in self.files]
+        if len(set(pictures)) < len(pictures):
+            raise ValueError("FILE... must have different names, so that each has a picture of its own")
+        self.out.mkdir(parents=True, exist_ok=True)
+        for file, picture in zip(self.files, pictures, strict=True):
+            audio, rate = read_audio(file)
+            fig, grid = plots.figure(11, 2.3 * len(self.kinds), len(self.kinds), 1)
+            for row, kind in enumerate(self.kinds):
+                title = f"{file.name}, {len(audio) / rate:.1f} s at {rate:,} Hz: {kind}" if row == 0 else kind
+                plots.sound(plots.add(fig, grid[row, 0], title), kind, audio, rate)
+            fig.savefig(picture)
+            print(picture)
+
+
+@dataclass
+class PlotFilters:
+    """Draw the learned first layer of AudioTransformers: all filters' spectra, sorted, beside three controls.
+
+    The controls: the layer before training, the principal components of patches of SOUNDS, and their mean spectrum.
+    Two models or more get one plot of all their curves, and it is told how far these are from each other.
+    """
+
+    models: Models  # model folders of `train --model audio_transformer`
+    sounds: Annotated[Path | None, tyro.conf.arg(metavar="DATA")] = None  # for the controls; default: bundled clips
+    out: Folder = Path(".")  # where filters_<model>.png, its curve as .npy, and filters_curves.png are written
+    seed: int = 0  # of the layer before training
+
+    def run(self) -> None:
+        if not self.models:
+            raise ValueError("at least one MODEL must be given")
+        banks, names = {}, _short_names(self.models)
+        self.out.mkdir(parents=True, exist_ok=True)
+        for folder, name in zip(self.models, names, strict=True):
+            model = AudioTransformer.from_pretrained(folder)
+            config = model.config
+            bank = filters.filter_bank(model.filters.weight, config.sample_rate)
+            audio = [
+                read_audio(row["file"], sample_rate=config.sample_rate)[0]
+                for row in rows_of(self.sounds or clips())[:2000]
+            ]
+            patches = filters.patches_of(audio, config.patch)
+            torch.manual_seed(self.seed)
+            untrained = AudioTransformer(config).filters.weight
+            controls = {
+                "before training": filters.filter_bank(untrained, config.sample_rate),
+                "principal components": filters.filter_bank(filters.principal_components(patches), config.sample_rate),
+            }
+            filters.draw(bank, controls, filters.mean_spectrum(patches), name).savefig(self.out / f"filters_{name}.png")
+            np.save(self.out / f"filters_{name}.npy", bank.centre.numpy())
+            found = filters.kinds(bank)
+            counts = ", ".join(f"{found.count(kind):,} {kind}" for kind in filters.KINDS)
+            print(f"{name}: line R² {bank.straightness:.4f}, exponential R² {bank.bend:.4f}; {counts}")
+            for other, control in controls.items():
+                print(f"    {filters.curve_distance(bank, control):,.0f} Hz from {other}")
+            print(self.out / f"filters_{name}.png")
+            banks[name] = bank
+        if len(banks) > 1:
+            if len({bank.sample_rate for bank in banks.values()}) > 1:
+                raise ValueError("MODEL... must have one sample rate to share a plot")
+            fig, grid = plots.figure(8, 6, 1, 1)
+            filters.curves(plots.add(fig, grid[0, 0], "centre frequencies of the learned filters"), banks)
+            fig.savefig(self.out / "filters_curves.png")
+            pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+            for a, b in pairs:
+                print(f"{a} and {b}: {filters.curve_distance(banks[a], banks[b]):,.0f} Hz apart")
+            print(self.out / "filters_curves.png")
+
+
+def _short_names(folders: tuple[Path, ...]) -> list[str]:
+    """A name for each folder: runs/tags/model is "tags"."""
+    names = []
+    for folder in folders:
+        parts = [part for part in folder.resolve().parts if part != "model"]
+        names.append(parts[-1])
+    if len(set(names)) < len(names):
+        raise ValueError(f"MODEL... must be folders of different names, got {', '.join(names)}")
+    return names
+
+
+TRAIN = {"audio_transformer": TrainAudioTransformer, "cnn": TrainCNN}
+COMMANDS = {"tag": Tag, "spectrogram": Spectrogram, "plot-filters": PlotFilters}

@@ -1,0 +1,164 @@
+"""The commands around listening: train taggers, tag, spectrogram, plot-filters; one clear line for every mistake."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("tyro")
+from audiomodels import cli
+from audiomodels.audio import write_audio
+from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
+from audiomodels.cnn import CNN
+from audiomodels.tag_data import TagClips
+from audiomodels.tagging import score_clips, tag_scores
+from tag_cases import corpus, fsd50k, tone
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RATE = 4000
+SMALL = ["--steps", 3, "--batch", 4, "--no-progress", "--no-tensorboard", "--model.sample-rate", RATE]
+SIZES = ["--model.n-layer", 2, "--model.patch", 100, "--model.n-filter", 32]
+
+
+@pytest.fixture
+def call(capsys):
+    """call(*words) -> (exit code, standard output, standard error)."""
+
+    def call(*words) -> tuple[int, str, str]:
+        show = warnings.showwarning
+        try:
+            with pytest.raises(SystemExit) as exit:
+                cli.main([str(word) for word in words])
+        finally:
+            warnings.showwarning = show
+        out, err = capsys.readouterr()
+        return exit.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def fsd(tmp_path_factory):
+    return fsd50k(tmp_path_factory.mktemp("fsd"), RATE)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run") / "tags" / "model"
+    labels = ("Bark", "Bell", "Crow", "Rain")
+    config = AudioTransformerConfig(n_class=4, labels=labels, n_layer=1, n_filter=32, patch=100, sample_rate=RATE)
+    AudioTransformer(config).save_pretrained(folder)
+    return folder
+
+
+def is_picture(path):
+    return path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_train_on_fsd50k_in_one_command(call, fsd, tmp_path):
+    words = ["train", fsd, "--model", "audio_transformer", "--out", tmp_path / "run", *SMALL, *SIZES]
+    code, out, _ = call(*words, "--model.haar", "every", "--model.pool-every", 1)
+    assert code == 0 and "4 labels; training on" in out and "8 clips; held out: dev, 4 clips" in out
+    model = AudioTransformer.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.labels == ("Bark", "Bell", "Crow", "Rain")
+    assert (model.config.haar, model.config.pool_every, model.config.sample_rate) == ("every", 1, RATE)
+    dev = TagClips.load(fsd, split="dev", sample_rate=RATE)
+    want = tag_scores(score_clips(model, dev), dev.labels)
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert scores["mean_ap"] == pytest.approx(want.mean_ap) and scores["n_skipped"] == want.n_skipped == 2
+    assert f"mAP {want.mean_ap:.3f} over 2 labels (2 skipped" in out
+    assert is_picture(tmp_path / "run" / "report.png")
+    first = (tmp_path / "run/model/model.safetensors").read_bytes()
+    assert call(*words, "--steps", 5)[0] == 0  # goes on from step 3
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() != first
+
+
+def test_train_on_the_corpus(call, tmp_path):
+    made = corpus(tmp_path / "corpus", RATE)
+    words = ["train", made, "--model=cnn", "--out", tmp_path / "tags", *SMALL]
+    code, out, err = call(*words)
+    assert code == 0 and "3 labels" in out and "6 clips" in out, err
+    model = CNN.from_pretrained(tmp_path / "tags" / "model")
+    assert model.config.kind == "vgg" and model.config.labels == ("Bark", "Bell", "Crow")
+    words = ["train", made, "--model", "audio_transformer", "--part", "pitch", "--out", tmp_path / "pitch"]
+    code, out, _ = call(*words, *SMALL, *SIZES)
+    assert code == 0 and "training on 4 s in 4 clips" in out
+    assert AudioTransformer.from_pretrained(tmp_path / "pitch" / "model").config.labels == ("60", "61", "62", "63")
+    words = ["tag", made / "pitch/train/0_00000.flac", "--model", tmp_path / "tags/model", "--top", 1]
+    code, out, _ = call(*words, "--out", tmp_path / "x.png")
+    assert code == 0 and out.split()[1] in ("Bark", "Bell", "Crow") and is_picture(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.0, 3.3])
+def test_tag(call, model, tmp_path, seconds, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_audio(tmp_path / "sound.wav", tone(0, seconds, RATE), RATE)
+    code, out, _ = call("tag", tmp_path / "sound.wav", "--model", model, "--top", 3)
+    lines = out.splitlines()
+    net = AudioTransformer.from_pretrained(model)
+    clip = TagClips([(tone(0, seconds, RATE) * 32768).round().short()], torch.zeros(1, 4), ("a", "b", "c", "d"), RATE)
+    want = score_clips(net, clip)[0]
+    best = want.argsort(descending=True)[:3].tolist()
+    assert code == 0 and len(lines) == 4 and lines[3] == "sound_tags.png" and is_picture(tmp_path / "sound_tags.png")
+    for line, i in zip(lines, best, strict=False):
+        assert float(line.split()[0]) == pytest.approx(float(want[i]), abs=0.006)
+        assert line.split()[1] == net.config.labels[i]
+
+
+def test_spectrogram(call, tmp_path):
+    for name, rate in (("a", 8000), ("b", 22050)):
+        write_audio(tmp_path / f"{name}.wav", tone(1, 0.2, rate), rate)
+    files = (tmp_path / "a.wav", tmp_path / "b.wav")
+    code, out, _ = call("spectrogram", *files, "--kinds", "mel", "--out", tmp_path / "new")
+    assert code == 0 and len(out.splitlines()) == 2
+    assert is_picture(tmp_path / "new" / "a.png") and is_picture(tmp_path / "new" / "b.png")
+    assert call("spectrogram", tmp_path / "a.wav", "--out", tmp_path / "all")[0] == 0
+    assert (tmp_path / "all" / "a.png").stat().st_size > 2 * (tmp_path / "new" / "a.png").stat().st_size
+    code, _, err = call("spectrogram", tmp_path / "a.wav", tmp_path / "mel" / "a.wav", "--out", tmp_path)
+    assert code == 2 and "must have different names" in err
+    code, _, err = call("spectrogram", tmp_path / "missing.wav", "--out", tmp_path)
+    assert code == 2 and "missing.wav: No such file" in err
+
+
+def test_plot_filters(call, model, tmp_path):
+    other = tmp_path / "pitch" / "model"
+    torch.manual_seed(1)
+    AudioTransformer(AudioTransformer.from_pretrained(model).config).save_pretrained(other)
+    write_audio(tmp_path / "a.wav", tone(0, 2, RATE), RATE)
+    code, out, _ = call("plot-filters", model, other, "--sounds", tmp_path / "a.wav", "--out", tmp_path / "new")
+    assert code == 0 and "tags: line R²" in out and "Hz from before training" in out and "tags and pitch:" in out
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {
+        "filters_tags.png", "filters_tags.npy", "filters_pitch.png", "filters_pitch.npy", "filters_curves.png",
+    }  # fmt: skip
+    code, _, err = call("plot-filters", model, model)
+    assert code == 2 and "must be folders of different names, got tags, tags" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["train", "x", "--model", "alexnet"], "--model must be one of wavenet, audio_transformer, cnn; got alexnet"),
+        (["train", "x", "--model"], "got nothing"),
+        (["train", "MISSING", "--model", "audio_transformer", "--out", "OUT"], "must hold FSD50K.ground_truth"),
+        (["train", "FSD", "--model", "cnn", "--out", "OUT", "--model.n-class", "3"], "come from the data"),
+        (["tag", "x.wav", "--model", "MISSING"], "no such folder"),
+        (["tag", "x.wav", "--model", "MODEL"], "x.wav: No such file"),
+        (["tag", "x.wav", "--model", "MODEL", "--top", "0"], "--top must be at least 1, got 0"),
+        (["plot-filters", "MISSING"], "no such folder"),
+        (["plot-filters"], "at least one MODEL"),
+        (["spectrogram"], "at least one FILE"),
+    ],
+)
+def test_mistakes_are_one_line(call, fsd, model, tmp_path, words, rule):
+    names = {"MISSING": tmp_path / "missing", "FSD": fsd, "OUT": tmp_path / "out", "MODEL": model}
+    code, out, err = call(*(names.get(word, word) for word in words))
+    assert code == 2 and rule in err and len(err.splitlines()) == 1 and out == ""
+
+
+def test_train_without_model_is_wavenets(call):
+    code, out, _ = call("train", "--help")
+    assert code == 0 and "--model.dilation-cycle" in out and "audio_transformer" in out
+    assert "--model.pool-every" in call("train", "--model", "audio_transformer", "--help")[1]
+    assert call("train", "--model", "wavenet", "--help")[1] == out
