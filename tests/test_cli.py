@@ -158,15 +158,15 @@ def test_train_generate_evaluate(call, data, tmp_path, kind):
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
-        ("transformer", ["--model.n-layer", 1, "--model.n-head", 1, "--model.n-embd", 8, "--model.window", 16]),
-        ("samplernn", ["--model.n-embd", 8, "--model.n-rnn", 1]),
-        ("wavernn", ["--model.n-embd", 8, "--model.head-channels", 8]),
+        ("sample_transformer", ["--model.n-layer", 1, "--model.n-head", 1, "--model.n-embd", 8, "--model.window", 16]),
+        ("sample_rnn", ["--model.n-embd", 8, "--model.n-rnn", 1]),
+        ("wave_rnn", ["--model.n-embd", 8, "--model.head-channels", 8]),
     ],
 )
 def test_train_and_generate_others(call, data, tmp_path, kind, sizes):
     run, words = tmp_path / "run", ["--batch", 2, "--length", 64, "--steps", 2, "--no-progress", "--no-tensorboard"]
-    code, out, _ = call(f"train-{kind}", data, "--out", run, *sizes, "--model.sample-rate", 8000, *words)
-    assert code == 0 and ("lpc64" in out) == (kind != "wavernn")  # predictors are for 8 bits
+    code, out, _ = call("train", data, "--model", kind, "--out", run, *sizes, "--model.sample-rate", 8000, *words)
+    assert code == 0 and ("lpc64" in out) == (kind != "wave_rnn")  # predictors are for 8 bits
     code, out, _ = call("generate", run / "model", "--seconds", 0.01, "--out", tmp_path / "x.wav")
     assert code == 0 and len(read_audio(tmp_path / "x.wav")[0]) == 80
     code, out, _ = call("evaluate", run / "model", data)

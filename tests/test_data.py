@@ -557,6 +557,7 @@ def test_crops_of_16_bit_codes():
         Recordings([one], sample_rate=RATE, companding="linear", n_class=65536), batch=1, length=12, context=2
     )
     assert crops(0).dtype == torch.int32 and crops(0).tolist() == [[32768] * 5 + [5] * 10]
+    assert crops.audio(0).tolist() == [[0.0] * 2 + [5 / 32768 - 1] * 10]
 
 
 @pytest.mark.parametrize(

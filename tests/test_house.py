@@ -55,7 +55,11 @@ SHARED_HEADERS = {
 OPTIONAL_HELPERS = {f"{OPS}_library.py", f"{MODELS}_optional.py", "benchmarks/common.py"}
 TORCHRUN = {"WORLD_SIZE", "RANK", "LOCAL_RANK"}  # it tells its processes nothing in another way
 BUILD_VARIABLES = {"AUDIOKERNELS_CUDA", "TORCH_CUDA_ARCH_LIST", "DEBUG"} | {"CXX", "CUDACXX", "CUDA_HOME", "PATH"}
-DISTRIBUTION = {"sklearn": "scikit-learn", "torch.utils.tensorboard": "tensorboard"}  # where names differ
+DISTRIBUTION = {  # where names differ
+    "sklearn": "scikit-learn",
+    "torch.utils.tensorboard": "tensorboard",
+    "vector_quantize_pytorch": "vector-quantize-pytorch",
+}
 
 rule = Rules()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from audiomodels import checkpoint, train
 from audiomodels.checkpoint import CheckpointError
-from audiomodels.train import Scores, TrainConfig, TrainingError, evaluate, fit, target_blocks
+from audiomodels.train import Objective, Scores, TrainConfig, TrainingError, evaluate, fit, target_blocks
 from torch import nn
 
 N_CLASS = 16
@@ -209,6 +209,32 @@ def test_extra_inputs_reach_the_model(tmp_path):
     model.seen = []
     fit(model, lambda step: (crops(step), {"condition": torch.full((4, 16), float(step))}), settings(tmp_path, steps=2))
     assert [(c.shape, c[0, 0].item()) for c in model.seen] == [((4, 16), 0.0), ((4, 16), 1.0)]
+
+
+def test_an_objective(tmp_path):
+    """Least squares over pairs: stopped in the middle or not, the same weights."""
+
+    def pairs(step):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+        return x, x.sum(1, keepdim=True)
+
+    def squares(model, x, y):
+        return nn.functional.mse_loss(model(x), y)
+
+    def run(out, *steps):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        for count in steps:
+            config = settings(tmp_path / out, steps=count, lr=0.1, schedule="constant", save_every=20)
+            history = fit(model, pairs, config, task=Objective(squares))
+        return contents(model), history.bits
+
+    whole, losses = run("whole", 120)
+    assert losses[-1] < 0.01 * losses[0] and run("halved", 60, 120)[0] == whole
+    torch.manual_seed(0)
+    assert losses[0] == pytest.approx(squares(nn.Linear(3, 1), *pairs(0)).item() / math.log(2))
+    with pytest.raises(ValueError, match="crops must give 4 rows, got 3 and 3"):
+        fit(nn.Linear(3, 1), lambda step: torch.zeros(3, 3), settings(tmp_path / "wrong"), task=Objective(squares))
 
 
 def test_it_learns_what_can_be_learned(tmp_path):

@@ -1,4 +1,5 @@
-"""The commands of `audiokernels` (COMMANDS below), each a dataclass of its options; those that listen in listening.py.
+"""The commands of `audiokernels`, each a dataclass of its options: those of generators here, others in listening.py
+and continuing.py.
 
 A mistake of the user's (a missing file, a folder that holds no model) is one line on standard error and exit code 2; a
 demo whose result is not good enough is exit code 1.
@@ -29,6 +30,7 @@ from audiomodels import (
     checkpoint,
     compare,
     compare_score,
+    continuing,
     corpus,
     listening,
     peers,
@@ -342,6 +344,7 @@ COMMANDS = {
     "build-corpus": BuildCorpus,
     "compare-generators": CompareGenerators,
     "reproduce": Reproduce,
+    **continuing.COMMANDS,
     "bench": Bench,
 }
 TRAIN = {

@@ -229,6 +229,11 @@ class Crops:
             row[len(row) - len(codes) :] = codes
         return crops
 
+    def audio(self, step: int) -> Tensor:
+        """The targets of `step` as sound, float32 (batch, length): what a model of waveforms, not of codes, trains on.
+        Recordings of 65536 linear classes are 16-bit sound."""
+        return quantize.decode(self(step)[:, -self.length :], self.recordings.companding, self.recordings.n_class)
+
 
 # -------------------------------------------------------------------------------------------------- groups and splits
 

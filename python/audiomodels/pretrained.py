@@ -19,6 +19,12 @@ from audiomodels._optional import require
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 T, C = TypeVar("T", bound="Pretrained"), TypeVar("C")
 MAX_CONFIG_BYTES = 1 << 20
+# What a tensor of the model may be in a file: floats of any width; what counts or flags, as it is.
+DTYPES = {
+    torch.float32: ("float", ("F32", "BF16", "F16")),
+    torch.int64: ("int64", ("I64",)),
+    torch.bool: ("bool", ("BOOL",)),
+}
 
 
 class ModelError(Exception):
@@ -91,15 +97,12 @@ def _read_weights(path: Path, expected: dict[str, torch.Tensor], device: torch.d
             for name, tensor in expected.items():
                 header = file.get_slice(name)
                 shape, dtype = tuple(header.get_shape()), header.get_dtype()
-                kind, allowed = ("float", ("F32", "BF16", "F16")) if tensor.is_floating_point() else ("int64", ("I64",))
+                kind, allowed = DTYPES[tensor.dtype]
                 if shape != tuple(tensor.shape) or dtype not in allowed:
                     raise ModelError(
                         f"{path}: {name} must be {kind} of shape {tuple(tensor.shape)}, got {dtype} {shape}"
                     )
             # A copy: the file's own pages must not change under the model when the file is replaced.
-            dtypes = {
-                name: torch.float32 if tensor.is_floating_point() else torch.int64 for name, tensor in expected.items()
-            }
-            return {name: file.get_tensor(name).to(device, dtype, copy=True) for name, dtype in dtypes.items()}
+            return {name: file.get_tensor(name).to(device, t.dtype, copy=True) for name, t in expected.items()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as safetensors: {error}") from error

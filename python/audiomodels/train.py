@@ -41,7 +41,17 @@ from torch import Tensor, nn
 from audiomodels import checkpoint
 from audiomodels._optional import require
 
-__all__ = ["History", "NextCode", "Scores", "TrainConfig", "TrainingError", "evaluate", "fit", "target_blocks"]
+__all__ = [
+    "History",
+    "NextCode",
+    "Objective",
+    "Scores",
+    "TrainConfig",
+    "TrainingError",
+    "evaluate",
+    "fit",
+    "target_blocks",
+]
 
 BLOCK = 4096  # targets in one window of evaluate()
 BAD_STEPS = 5  # steps in a row without a finite loss, after which training stops
@@ -299,6 +309,28 @@ class NextCode:
         """Scores of `model` on what fit was given as `valid`."""
         options = {"context": config.context, "batch": config.batch, "max_targets": config.eval_targets}
         return evaluate(model, valid, **options)
+
+
+class Objective:
+    """The task of a model with a loss of its own and nothing to score: crops(step) gives a tensor of `config.batch`
+    rows, or a pair of them, for instance two views; `minimise(model, rows, others)` is a scalar, and others are rows
+    again where there is no pair."""
+
+    scores = Scores
+
+    def __init__(self, minimise: Callable[[nn.Module, Tensor, Tensor], Tensor]):
+        self.minimise = minimise
+
+    def batch(self, drawn: Any, config: TrainConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(rows, others, nothing more)."""
+        rows, others = drawn if isinstance(drawn, tuple) else (drawn, drawn)
+        if not len(rows) == len(others) == config.batch:
+            raise ValueError(f"crops must give {config.batch} rows, got {len(rows)} and {len(others)}")
+        return rows, others, {}
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        """What is minimised; `model` is called as a whole, as DDP asks."""
+        return self.minimise(model, inputs, targets)
 
 
 def fit(

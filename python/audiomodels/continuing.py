@@ -1,0 +1,66 @@
+"""Commands of `audiokernels` that continue sound without text: train-units, continue. cli.py runs them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from audiomodels import textless
+from audiomodels._optional import require
+from audiomodels.audio import read_mono, write_audio
+from audiomodels.data import Recordings
+
+tyro = require("tyro")
+
+
+@dataclass
+class TrainUnits:
+    """Train what `continue` needs, on recordings alone: units of sound, a language model over them, and a way back.
+
+    DATA is a folder of audio, a manifest.jsonl or one audio file; no text, no labels. Into the folder OUT go the models
+    and the checkpoints of their training; the same command again goes on where it was stopped.
+    """
+
+    data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]  # folder, manifest.jsonl or audio file
+    training: Annotated[textless.UnitTraining, tyro.conf.arg(name="")]
+    part: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None  # a part of the manifest, for example speech
+
+    def run(self) -> None:
+        if not self.data.exists():
+            raise ValueError(f"{self.data}: no such file or folder")
+        rate = 16000 if self.training.encoder else self.training.patches.sample_rate
+        kind = {"sample_rate": rate, "companding": "linear", "n_class": 1 << 16, "part": self.part}
+        try:
+            recordings = Recordings.load(self.data, **kind, split="train")
+        except ValueError:  # no such split, or a problem that the next line meets too
+            recordings = Recordings.load(self.data, **kind)
+        print(f"{self.training.n_code} units from {recordings.seconds:.1f} s of sound")
+        textless.train_units(recordings, self.training)
+        print(f"{self.training.out}: audiokernels continue FILE --models {self.training.out} -o out.wav")
+
+
+@dataclass
+class Continue:
+    """Continue a recording, speech or music, with the models that `train-units` wrote: the sound, and what follows."""
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]  # audio file to continue
+    models: Path = Path("units")  # folder that train-units wrote
+    seconds: float = 5.0  # of new sound
+    out: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("out.wav")  # .wav or .flac
+    temperature: float = 1.0  # 0: always the most probable unit and sample
+    seed: int = 0  # of the draws
+
+    def run(self) -> None:
+        if not 0 < self.seconds <= 3600:
+            raise ValueError(f"--seconds must be above 0 and at most 3600, got {self.seconds:g}")
+        if self.out.suffix.lower() not in (".wav", ".flac"):
+            raise ValueError(f"--out must end in .wav or .flac, got {self.out}")
+        models = textless.load(self.models)
+        audio, _ = read_mono(self.file, sample_rate=models.coder.sample_rate)
+        options = {"temperature": self.temperature, "seed": self.seed, "progress": True}
+        sound = textless.continue_sound(models, audio, self.seconds, **options)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_audio(self.out, sound, models.coder.sample_rate)
+        print(self.out)
+
+
+COMMANDS = {"train-units": TrainUnits, "continue": Continue}
