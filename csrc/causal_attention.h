@@ -112,7 +112,7 @@ struct AttentionDecode : AttentionSizes {
   void attention_write_dq(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch); \
   void attention_decode(const AttentionDecode& call, int64_t first_unit, int64_t last_unit, float* scratch);     \
   }
-AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_DECLARE)
+AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_DECLARE)
 #undef AUDIOKERNELS_DECLARE
 
 }  // namespace audiokernels

@@ -39,8 +39,8 @@ Kernels pick_kernels() {
    &name::attention_write_dq}
 #define AUDIOKERNELS_CASE(name) \
   case Isa::name: return AUDIOKERNELS_KERNELS(name);
-  switch (isa()) {
-    AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_CASE)
+  switch (float_isa()) {
+    AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_CASE)
     default: return AUDIOKERNELS_KERNELS(generic);
   }
 #undef AUDIOKERNELS_CASE
