@@ -42,9 +42,9 @@ struct AttentionSizes {
 };
 
 constexpr int64_t kAttentionUnit = 192;  // queries in a unit of forward work, a multiple of every block of queries
-constexpr int64_t kAttentionKeys = 48;   // keys in a tile
+constexpr int64_t kAttentionRows = 48;   // in a tile
 constexpr int64_t kAttentionDecodeKeys = 128;  // read at a time by attention_decode
-constexpr int64_t kAttentionMostQueries = 48;  // in a block of any instruction set
+constexpr int64_t kAttentionMostLanes = 48;    // in a tile of any instruction set
 
 AUDIOKERNELS_INLINE int64_t attention_round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -58,32 +58,29 @@ struct AttentionForward : AttentionSizes {
   AUDIOKERNELS_INLINE int64_t units_per_head() const { return (seqlen_q + kAttentionUnit - 1) / kAttentionUnit; }
   AUDIOKERNELS_INLINE int64_t scratch_floats() const {
     const int64_t channels = attention_round_up(headdim, 16);
-    return kAttentionMostQueries * (channels + kAttentionKeys) + kAttentionUnit * 2 * channels;
+    return kAttentionMostLanes * (channels + kAttentionRows) + kAttentionUnit * 2 * channels;
   }
 };
 
 // A unit of work is a segment of the keys of a kv head; dq is summed over the segments at the end, in their order. So
 // the result does not depend on the threads.
 struct AttentionBackward : AttentionSizes {
-  AttentionTensor grad_out, q, out, dq, dk, dv;
-  AttentionRows k, v;                   // channels: headdim rounded up to 8
-  AttentionRows q_rows, grad_out_rows;  // channels: headdim rounded up to 16
-  const float *lse, *grad_lse;          // (batch, nheads, seqlen_q); grad_lse may be null
+  AttentionTensor grad_out, q, k, v, out, dq, dk, dv;
+  AttentionRows q_rows;         // channels: headdim rounded up to 8
+  const float *lse, *grad_lse;  // (batch, nheads, seqlen_q); grad_lse may be null
   int64_t segments;
-  // Packed by attention_pack: what the tiles read of a block of queries.
-  float *q_panels, *grad_panels;  // (batch, nheads, panel_floats()): scale * log2(e) * q, grad_out
-  float* row_numbers;  // (batch, nheads, 3, padded_queries()): log2(e) * lse, what its rounding left, grad_lse - D
-  float* dq_parts;     // (batch, nheads, segments, panel_floats())
+  // By attention_pack: a query's weights are 2^(scores - reference) times a factor, which lies in its gradients.
+  float* grad_rows;    // (batch, nheads, row_floats()): factor * grad_out
+  float* row_numbers;  // (batch, nheads, 2, padded_queries()): reference, factor * (grad_lse - D)
+  float* dq_parts;     // (batch, nheads, segments, row_floats())
 
   AUDIOKERNELS_INLINE int64_t padded_queries() const { return attention_round_up(seqlen_q, kAttentionUnit); }
-  AUDIOKERNELS_INLINE int64_t panel_floats() const { return padded_queries() * attention_round_up(headdim, 16); }
+  AUDIOKERNELS_INLINE int64_t channels() const { return attention_round_up(headdim, 16); }
+  AUDIOKERNELS_INLINE int64_t row_floats() const { return (padded_queries() + kAttentionRows) * channels(); }
   AUDIOKERNELS_INLINE int64_t units_per_head() const { return padded_queries() / kAttentionUnit; }
-  AUDIOKERNELS_INLINE int64_t key_blocks() const { return (seqlen_k + kAttentionKeys - 1) / kAttentionKeys; }
+  AUDIOKERNELS_INLINE int64_t key_blocks() const { return (seqlen_k + kAttentionMostLanes - 1) / kAttentionMostLanes; }
   AUDIOKERNELS_INLINE int64_t scratch_floats() const {
-    const int64_t channels = attention_round_up(headdim, 16), turns = (key_blocks() + segments - 1) / segments;
-    const int64_t pack = kAttentionMostQueries * 3 * channels;
-    const int64_t unit = kAttentionKeys * (2 * kAttentionMostQueries + turns * 2 * channels);
-    return pack > unit ? pack : unit;
+    return kAttentionMostLanes * (5 * channels() + 2 * kAttentionRows);
   }
 };
 
@@ -115,7 +112,7 @@ struct AttentionDecode : AttentionSizes {
   void attention_write_dq(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch); \
   void attention_decode(const AttentionDecode& call, int64_t first_unit, int64_t last_unit, float* scratch);     \
   }
-AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_DECLARE)
+AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_DECLARE)
 #undef AUDIOKERNELS_DECLARE
 
 }  // namespace audiokernels

@@ -39,8 +39,8 @@ Kernels pick_kernels() {
    &name::attention_write_dq}
 #define AUDIOKERNELS_CASE(name) \
   case Isa::name: return AUDIOKERNELS_KERNELS(name);
-  switch (isa()) {
-    AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_CASE)
+  switch (float_isa()) {
+    AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_CASE)
     default: return AUDIOKERNELS_KERNELS(generic);
   }
 #undef AUDIOKERNELS_CASE
@@ -268,21 +268,16 @@ int64_t segments_of(const AttentionBackward& call) {
   return wanted < most ? wanted : most > 1 ? most : 1;
 }
 
-void run_backward(AttentionBackward& call, const Tensor (&inputs)[4]) {
-  const auto& [q, k, v, grad_out] = inputs;
+void run_backward(AttentionBackward& call, const Tensor& q) {
   const Kernels kernels = pick_kernels();
-  Floats memory[4];
-  call.k = float_rows(kernels, k, call.dtype, 8, memory[0]);
-  call.v = float_rows(kernels, v, call.dtype, 8, memory[1]);
-  call.q_rows = float_rows(kernels, q, call.dtype, 16, memory[2]);
-  call.grad_out_rows = float_rows(kernels, grad_out, call.dtype, 16, memory[3]);
+  Floats q_memory;
+  call.q_rows = float_rows(kernels, q, call.dtype, 8, q_memory);
   call.segments = segments_of(call);
-  const int64_t heads = call.batch * call.nheads, panels = heads * call.panel_floats();
-  const Floats packed = new_floats(2 * panels + 3 * heads * call.padded_queries());
-  const Floats dq_parts = new_floats(panels * call.segments);
-  call.q_panels = packed.get();
-  call.grad_panels = call.q_panels + panels;
-  call.row_numbers = call.grad_panels + panels;
+  const int64_t heads = call.batch * call.nheads;
+  const Floats packed = new_floats(heads * (call.row_floats() + 2 * call.padded_queries()));
+  const Floats dq_parts = new_floats(heads * call.row_floats() * call.segments);
+  call.grad_rows = packed.get();
+  call.row_numbers = call.grad_rows + heads * call.row_floats();
   call.dq_parts = dq_parts.get();
   run_units(kernels.pack, call, heads * call.units_per_head());
   run_units(kernels.backward, call, call.batch * call.nheads_kv * call.segments);
@@ -316,13 +311,15 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad_out, st
     if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
     call.grad_out = attention_tensor(grad_out);
     call.q = attention_tensor(q);
+    call.k = attention_tensor(k);
+    call.v = attention_tensor(v);
     call.out = attention_tensor(out);
     call.dq = attention_tensor(gradients.dq);
     call.dk = attention_tensor(gradients.dk);
     call.dv = attention_tensor(gradients.dv);
     call.lse = static_cast<const float*>(lse.data_ptr());
     call.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->data_ptr()) : nullptr;
-    run_backward(call, {q, k, v, grad_out});
+    run_backward(call, q);
   }
   return {gradients.dq, gradients.dk, gradients.dv};
 }

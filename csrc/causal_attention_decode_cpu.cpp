@@ -96,8 +96,8 @@ void decode_double(const AttentionDecode& c) {
 auto* pick_decode() {
 #define AUDIOKERNELS_CASE(name) \
   case Isa::name: return &name::attention_decode;
-  switch (isa()) {
-    AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_CASE)
+  switch (float_isa()) {
+    AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_CASE)
     default: return &generic::attention_decode;
   }
 #undef AUDIOKERNELS_CASE

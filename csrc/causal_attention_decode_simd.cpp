@@ -2,6 +2,7 @@
 //
 // Few queries do not fill the lanes: the channels lie in them. All queries of a kv head meet its keys a chunk at a
 // time, so that a chunk is read from memory once.
+#if !defined(__AVX512VNNI__)  // float_isa() picks none of those objects
 #include "causal_attention_tile.h"
 
 namespace audiokernels {
@@ -20,10 +21,20 @@ struct Query {
   float* reference;
 };
 
+// How numbers of a dtype become vectors.
+struct Float32 {
+  typedef float Number;
+  AK_INLINE VFloat vector(const Number* p) { return load(p); }
+};
+struct Bfloat16 {
+  typedef uint16_t Number;
+  AK_INLINE VFloat vector(const Number* p) { return load_bfloat16(p); }
+};
+
 // Consecutive positions that lie in consecutive slots, as rows.
 struct Chunk {
   int64_t position, count;
-  const float *k, *v;
+  const void *k, *v;
   int64_t k_stride, v_stride;
 };
 
@@ -41,11 +52,11 @@ AK_INLINE void for_each_query(const AttentionDecode& call, int64_t kv_head, Bloc
 }
 
 // Rows of a cache, in place where that will do.
-static const float* chunk_rows(const AttentionDecode& call, const AttentionTensor& t, const Place& at, float* memory,
-                               int64_t* stride) {
-  if (call.dtype == AttentionDtype::float32 && t.stride[3] == 1 && call.headdim % kLanes == 0) {
+static const void* chunk_rows(const AttentionDecode& call, const AttentionTensor& t, bool in_place, const Place& at,
+                              float* memory, int64_t* stride) {
+  if (in_place) {
     *stride = t.stride[2];
-    return (const float*)address(t, call.dtype, at);
+    return address(t, call.dtype, at);
   }
   *stride = panel_channels(call.headdim);
   read_rows(t, call.dtype, at, call.headdim, *stride, memory);
@@ -72,27 +83,29 @@ AK_INLINE VFloat sums_of(VFloat (&v)[kLanes]) {
 }
 
 // q . rows[i] for kLanes rows; beyond the last one, that once more.
-template <bool whole>
-AK_INLINE VFloat row_scores(const float* q, const float* rows, int64_t stride, int64_t last, int64_t channels) {
+template <class From, bool whole>
+AK_INLINE VFloat row_scores(const float* q, const typename From::Number* rows, int64_t stride, int64_t last,
+                            int64_t channels) {
   VFloat products[kLanes] = {};
   for (int64_t d = 0; d < channels; d += kLanes) {
     const VFloat lanes = load(q + d);
     for (int i = 0; i < kLanes; i++) {
-      const float* row = rows + (whole ? i : least(i, last)) * stride;
-      products[i] = multiply_add(lanes, load(row + d), products[i]);
+      const auto* row = rows + (whole ? i : least(i, last)) * stride;
+      products[i] = multiply_add(lanes, From::vector(row + d), products[i]);
     }
   }
   return sums_of(products);
 }
 
 // scores[j] = q . rows[j] for j < count; minus infinity up to the next multiple of kLanes.
-static void scores_of(const float* q, const float* rows, int64_t stride, int64_t count, int64_t channels,
-                      float* scores) {
+template <class From>
+static void scores_of(const float* q, const typename From::Number* rows, int64_t stride, int64_t count,
+                      int64_t channels, float* scores) {
   int64_t j = 0;
   for (; j + kLanes <= count; j += kLanes)
-    store(scores + j, row_scores<true>(q, rows + j * stride, stride, 0, channels));
+    store(scores + j, row_scores<From, true>(q, rows + j * stride, stride, 0, channels));
   if (j < count) {
-    const VFloat sums = row_scores<false>(q, rows + j * stride, stride, count - 1 - j, channels);
+    const VFloat sums = row_scores<From, false>(q, rows + j * stride, stride, count - 1 - j, channels);
     store(scores + j, select(lane_numbers() < splat_int(int32_t(count - j)), sums, splat(-kInfinity)));
   }
 }
@@ -137,27 +150,31 @@ static void softmax_step(const Query& query, int64_t count, int64_t channels, fl
   store(query.total, total);
 }
 
-static void add_values(const float* weights, const float* rows, int64_t stride, int64_t count, int64_t channels,
-                       float* sums) {
+template <class From>
+static void add_values(const float* weights, const typename From::Number* rows, int64_t stride, int64_t count,
+                       int64_t channels, float* sums) {
   for (int64_t d = 0; d < channels; d += kLanes) {
     VFloat sum[4] = {};
-    const float* p = rows + d;
+    const auto* p = rows + d;
     int64_t j = 0;
     for (; j + 4 <= count; j += 4, p += 4 * stride)
-      for (int i = 0; i < 4; i++) sum[i] = multiply_add(splat(weights[j + i]), load(p + i * stride), sum[i]);
-    for (; j < count; j++, p += stride) sum[0] = multiply_add(splat(weights[j]), load(p), sum[0]);
+      for (int i = 0; i < 4; i++) sum[i] = multiply_add(splat(weights[j + i]), From::vector(p + i * stride), sum[i]);
+    for (; j < count; j++, p += stride) sum[0] = multiply_add(splat(weights[j]), From::vector(p), sum[0]);
     store(sums + d, load(sums + d) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
 }
 
 // The keys of a chunk that the query at position `own` sees.
+template <class From>
 static void add_chunk(const Chunk& chunk, const Query& query, int64_t own, int64_t window, int64_t channels,
                       float* scores) {
   const int64_t first = most(own - window + 1 - chunk.position, 0), end = least(own + 1 - chunk.position, chunk.count);
   if (first >= end) return;
-  scores_of(query.q, chunk.k + first * chunk.k_stride, chunk.k_stride, end - first, channels, scores);
+  const auto *k = static_cast<const typename From::Number*>(chunk.k) + first * chunk.k_stride,
+             *v = static_cast<const typename From::Number*>(chunk.v) + first * chunk.v_stride;
+  scores_of<From>(query.q, k, chunk.k_stride, end - first, channels, scores);
   softmax_step(query, end - first, channels, scores);
-  add_values(scores, chunk.v + first * chunk.v_stride, chunk.v_stride, end - first, channels, query.sums);
+  add_values<From>(scores, v, chunk.v_stride, end - first, channels, query.sums);
 }
 
 static void decode_unit(const AttentionDecode& call, int64_t b, int64_t kv_head, float* scratch) {
@@ -168,6 +185,10 @@ static void decode_unit(const AttentionDecode& call, int64_t b, int64_t kv_head,
   float* v_memory = k_memory + kChunk * channels;
   float* queries = v_memory + kChunk * channels;
   const VFloat scale = splat(float(call.scale * 1.4426950408889634));
+  const bool bfloat16 = call.dtype == AttentionDtype::bfloat16;
+  const bool in_place = (bfloat16 || call.dtype == AttentionDtype::float32) && call.headdim % kLanes == 0 &&
+                        call.k_cache.stride[3] == 1 && call.v_cache.stride[3] == 1;
+  const auto add = in_place && bfloat16 ? &add_chunk<Bfloat16> : &add_chunk<Float32>;
   for_each_query(call, kv_head, [&](int64_t i, int64_t head, int64_t step) {
     const Query query = query_of(queries, i, channels);
     read_rows(call.q, call.dtype, {b, head, step, 1}, call.headdim, channels, query.q);
@@ -183,10 +204,10 @@ static void decode_unit(const AttentionDecode& call, int64_t b, int64_t kv_head,
   while (position < before + m) {
     Chunk chunk{position, least(least(kChunk, before + m - position), call.seqlen_k - slot), nullptr, nullptr, 0, 0};
     const Place at{b, kv_head, slot, chunk.count};
-    chunk.k = chunk_rows(call, call.k_cache, at, k_memory, &chunk.k_stride);
-    chunk.v = chunk_rows(call, call.v_cache, at, v_memory, &chunk.v_stride);
+    chunk.k = chunk_rows(call, call.k_cache, in_place, at, k_memory, &chunk.k_stride);
+    chunk.v = chunk_rows(call, call.v_cache, in_place, at, v_memory, &chunk.v_stride);
     for_each_query(call, kv_head, [&](int64_t i, int64_t, int64_t step) {
-      add_chunk(chunk, query_of(queries, i, channels), before + step, call.window, channels, scores);
+      add(chunk, query_of(queries, i, channels), before + step, call.window, channels, scores);
     });
     position += chunk.count;
     slot = slot + chunk.count < call.seqlen_k ? slot + chunk.count : 0;
@@ -213,3 +234,4 @@ void attention_decode(const AttentionDecode& call, int64_t first_unit, int64_t l
 
 }  // namespace AUDIOKERNELS_ISA
 }  // namespace audiokernels
+#endif

@@ -1,18 +1,21 @@
 // The forward pass of causal attention, compiled once per instruction set.
 //
-// A block of queries meets the keys it sees, a tile of kKeys at a time, and keeps a running sum of exponentials and of
+// A block of queries meets the keys it sees, a tile of kRows at a time, and keeps a running sum of exponentials and of
 // weighted values (online softmax; Milakov and Gimelshein 2018, Dao et al. 2022). Scores are powers of 2: log2(e) lies
-// in the queries. The reference of a query, which is taken from its scores before the exponential, is its score with
-// itself; it moves only when scores exceed it so far that a tile's sum shows it, which keeps the result exact.
+// in the queries. The reference of a query, which is taken from its scores before the exponential, is 0, or its score
+// with itself where that is large. It moves only when scores exceed it so far that a tile's sum shows it: exact,
+// without a maximum and mostly without a subtraction.
+#if !defined(__AVX512VNNI__)  // float_isa() picks none of those objects
 #include "causal_attention_tile.h"
 
 namespace audiokernels {
 namespace AUDIOKERNELS_ISA {
 namespace {
 
+constexpr float kMostScore = 16.0f;     // of a query with itself, for the reference 0
 constexpr float kMostTotal = 65536.0f;  // of a tile's weights
 
-constexpr int kBlocks = kAttentionUnit / kQueries;  // that meet a tile of keys while it is near
+constexpr int kBlocks = kAttentionUnit / kWidth;  // that meet a tile of keys while it is near
 
 struct Block {
   const AttentionForward* call;
@@ -20,54 +23,60 @@ struct Block {
   int64_t headdim;       // rounded up to 8
   int64_t own, queries;  // the first query's position, how many there are
   float *panel, *sums, *weights;
-  VFloat reference[kQueryVectors];
-  VFloat total[kQueryVectors];  // of the exponentials
+  bool referred;  // is some reference not 0?
+  VFloat reference[kVectors];
+  VFloat total[kVectors];  // of the exponentials
 };
 
 static void start_at_own_score(Block& block, float* rows) {
   const int64_t channels = panel_channels(block.call->headdim);
-  for (int64_t i = 0; i < kQueries; i++) {
+  for (int64_t i = 0; i < kWidth; i++) {
     const float* row = block.k + (block.own + least(i, block.queries - 1)) * block.call->k.stride[2];
     memcpy(rows + i * channels, row, size_t(block.headdim) * sizeof(float));
     for (int64_t d = block.headdim; d < channels; d++) rows[i * channels + d] = 0.0f;
   }
   to_panel(rows, channels, 1.0f, block.sums);
-  for (int i = 0; i < kQueryVectors; i++) {
+  for (int i = 0; i < kVectors; i++) {
     VFloat score{};
     for (int64_t d = 0; d < block.headdim; d++) {
-      const int64_t at = d * kQueries + i * kLanes;
+      const int64_t at = d * kWidth + i * kLanes;
       score = multiply_add(load(block.panel + at), load(block.sums + at), score);
     }
-    block.reference[i] = select(abs(score) < splat(kInfinity), score, VFloat{});
+    const VInt large = (abs(score) > splat(kMostScore)) & (abs(score) < splat(kInfinity));
+    block.referred |= any(large);
+    block.reference[i] = select(large, score, VFloat{});
     block.total[i] = VFloat{};
   }
-  memset(block.sums, 0, size_t(channels) * kQueries * sizeof(float));
+  memset(block.sums, 0, size_t(channels) * kWidth * sizeof(float));
 }
 
-static void hide_unseen(const Tile& tile, float* scores) {
-  for (int64_t j = 0; j < attention_round_up(tile.count, 2); j++) {  // as exponentials() takes them
-    for (int i = 0; i < kQueryVectors; i++) {
-      float* p = scores + j * kQueries + i * kLanes;
-      store(p, select(tile.visible(j, i), load(p), splat(-kInfinity)));
-    }
-  }
-}
-
-// scores -> weights; their sums over the tile.
-static void exponentials(const Block& block, int64_t count, VFloat (&total)[kQueryVectors]) {
-  VFloat reference[kQueryVectors], sum[kPair] = {};
-  for (int i = 0; i < kQueryVectors; i++) reference[i] = block.reference[i];
+// Scores -> weights; their sums over the tile.
+static void exponentials(const Block& block, const Tile& tile, VFloat (&total)[kVectors]) {
+  constexpr int kPair = 2 * kVectors;
+  VFloat reference[kVectors], sum[kPair] = {};
+  for (int i = 0; i < kVectors; i++) reference[i] = block.reference[i];
+  const bool whole = tile.whole(), referred = block.referred;
   float* weights = block.weights;
-  for (int64_t j = 0; j < count; j += 2, weights += 2 * kQueries) {
+  for (int64_t j = 0; j < tile.rows; j += 2, weights += 2 * kWidth) {
     VFloat x[kPair];
-    for (int i = 0; i < kPair; i++) x[i] = load(weights + i * kLanes) - reference[i % kQueryVectors];
+    for (int i = 0; i < kPair; i++) x[i] = load(weights + i * kLanes);
+    if (referred)
+      for (int i = 0; i < kPair; i++) x[i] -= reference[i % kVectors];
+    if (!whole)
+      for (int i = 0; i < kPair; i++)
+        x[i] = select(tile.visible(j + i / kVectors, i % kVectors), x[i], splat(-kInfinity));
     exp2_of(x);
     for (int i = 0; i < kPair; i++) {
       store(weights + i * kLanes, x[i]);
       sum[i] += x[i];
     }
   }
-  for (int i = 0; i < kQueryVectors; i++) total[i] = sum[i] + sum[i + kQueryVectors];
+  for (int i = 0; i < kVectors; i++) total[i] = sum[i] + sum[i + kVectors];
+}
+
+static void weigh(const Block& block, const Tile& tile, const float* keys, VFloat (&total)[kVectors]) {
+  dot_rows(keys, block.call->k.stride[2], tile, block.panel, block.headdim, block.weights);
+  exponentials(block, tile, total);
 }
 
 // Has a score exceeded its reference by about 16?
@@ -75,42 +84,44 @@ AK_INLINE VInt out_of_reach(VFloat total) { return total > splat(kMostTotal); }
 
 // Lifts the references of those queries to their largest scores; what is summed so far shrinks accordingly. Others stay
 // to the bit: no query depends on those beside it.
-static void move_references(Block& block, int64_t count, const VFloat (&total)[kQueryVectors]) {
-  for (int i = 0; i < kQueryVectors; i++) {
+static void move_references(Block& block, const Tile& tile, const float* keys, const VFloat (&total)[kVectors]) {
+  for (int i = 0; i < kVectors; i++) {
     VFloat largest = splat(-kInfinity);
-    for (int64_t j = 0; j < count; j++) largest = max(load(block.weights + j * kQueries + i * kLanes), largest);
+    for (int64_t j = 0; j < tile.rows; j++) {
+      VFloat score{};
+      for (int64_t d = 0; d < block.headdim; d++)
+        score = multiply_add(splat(keys[j * block.call->k.stride[2] + d]), load(block.panel + d * kWidth + i * kLanes),
+                             score);
+      largest = max(select(tile.visible(j, i), score, splat(-kInfinity)), largest);
+    }
     const VFloat rise = select(out_of_reach(total[i]), largest - block.reference[i], VFloat{});
     VFloat factor[1] = {-rise};
     exp2_of(factor);
     block.reference[i] += rise;
     block.total[i] *= factor[0];
     for (int64_t d = 0; d < block.headdim; d++) {
-      float* p = block.sums + d * kQueries + i * kLanes;
+      float* p = block.sums + d * kWidth + i * kLanes;
       store(p, load(p) * factor[0]);
     }
   }
+  block.referred = true;
 }
 
-static void score(const Block& block, const Tile& tile) {
-  const int64_t stride = block.call->k.stride[2];
-  dot_rows(block.k + tile.key * stride, stride, tile.count, block.panel, block.headdim, {}, block.weights);
-  if (!tile.whole()) hide_unseen(tile, block.weights);
-}
-
-static void add_keys(Block& block, const Tile& tile) {
-  VFloat total[kQueryVectors];
+// The keys [key, end).
+static void add_keys(Block& block, int64_t key, int64_t end) {
+  const AttentionForward& call = *block.call;
+  const Tile tile{key - block.own, call.window, end - key, block.queries};
+  const float* keys = block.k + key * call.k.stride[2];
+  VFloat total[kVectors];
   VInt exceeded{};
-  score(block, tile);
-  exponentials(block, tile.count, total);
-  for (int i = 0; i < kQueryVectors; i++) exceeded |= out_of_reach(total[i]);
+  weigh(block, tile, keys, total);
+  for (int i = 0; i < kVectors; i++) exceeded |= out_of_reach(total[i]);
   if (any(exceeded)) {
-    score(block, tile);
-    move_references(block, tile.count, total);
-    exponentials(block, tile.count, total);
+    move_references(block, tile, keys, total);
+    weigh(block, tile, keys, total);
   }
-  for (int i = 0; i < kQueryVectors; i++) block.total[i] += total[i];
-  const int64_t stride = block.call->v.stride[2];
-  add_tile(block.v + tile.key * stride, stride, tile, block.weights, block.headdim, block.sums);
+  for (int i = 0; i < kVectors; i++) block.total[i] += total[i];
+  add_tile(block.v + key * call.v.stride[2], call.v.stride[2], tile, block.weights, block.headdim, block.sums);
 }
 
 // block.call, .own, .queries and its memory are set.
@@ -121,7 +132,7 @@ static void open_block(Block& block, const Place& at, float* rows) {
   block.v = call.v.at(at.b, kv_head);
   block.headdim = attention_round_up(call.headdim, 8);
   read_rows(call.q, call.dtype, at, call.headdim, channels, rows);
-  memset(rows + at.count * channels, 0, size_t((kQueries - at.count) * channels) * sizeof(float));
+  memset(rows + at.count * channels, 0, size_t((kWidth - at.count) * channels) * sizeof(float));
   to_panel(rows, channels, float(call.scale * 1.4426950408889634), block.panel);
   start_at_own_score(block, rows);
 }
@@ -129,8 +140,8 @@ static void open_block(Block& block, const Place& at, float* rows) {
 static void close_block(const Block& block, const Place& at, float* rows) {
   const AttentionForward& call = *block.call;
   const int64_t channels = panel_channels(call.headdim);
-  VFloat inverse[kQueryVectors];
-  for (int i = 0; i < kQueryVectors; i++) inverse[i] = splat(1.0f) / block.total[i];
+  VFloat inverse[kVectors];
+  for (int i = 0; i < kVectors; i++) inverse[i] = splat(1.0f) / block.total[i];
   from_panel(block.sums, channels, inverse, rows);
   write_rows(rows, channels, call.out, call.dtype, at, call.headdim);
   float* lse = call.lse + (at.b * call.nheads + at.h) * call.seqlen_q + at.first;
@@ -143,22 +154,23 @@ static void close_block(const Block& block, const Place& at, float* rows) {
 
 // The queries from `first` on, a unit of work.
 static void forward_unit(const AttentionForward& call, int64_t b, int64_t h, int64_t first, float* scratch) {
-  const int64_t panel_size = panel_channels(call.headdim) * kQueries, window = call.window;
+  const int64_t panel_size = panel_channels(call.headdim) * kWidth, window = call.window;
   const int64_t queries = least(kAttentionUnit, call.seqlen_q - first), own = call.key_of(first);
-  float *rows = scratch, *weights = rows + panel_size, *panels = weights + kKeys * kQueries;
+  float *rows = scratch, *weights = rows + panel_size, *panels = weights + kRows * kWidth;
   Block blocks[kBlocks];
   Place places[kBlocks];
   int n = 0;
-  for (int64_t q = 0; q < queries; q += kQueries, n++, panels += 2 * panel_size) {
-    places[n] = {b, h, first + q, least(kQueries, queries - q)};
-    blocks[n] = {&call, nullptr, nullptr, 0, own + q, places[n].count, panels, panels + panel_size, weights, {}, {}};
+  for (int64_t q = 0; q < queries; q += kWidth, n++, panels += 2 * panel_size) {
+    places[n] = {b, h, first + q, least(kWidth, queries - q)};
+    blocks[n] = {&call,   nullptr, nullptr, 0, own + q, places[n].count, panels, panels + panel_size,
+                 weights, false,   {},      {}};
     open_block(blocks[n], places[n], rows);
   }
-  for (int64_t key = most(own - window + 1, 0); key < own + queries; key += kKeys) {
+  for (int64_t key = most(own - window + 1, 0); key < own + queries; key += kRows) {
     for (int i = 0; i < n; i++) {
       Block& block = blocks[i];
-      const int64_t start = most(key, block.own - window + 1), end = least(key + kKeys, block.own + block.queries);
-      if (start < end) add_keys(block, {start, end - start, block.own, block.queries, window});
+      const int64_t start = most(key, block.own - window + 1), end = least(key + kRows, block.own + block.queries);
+      if (start < end) add_keys(block, start, end);
     }
   }
   for (int i = 0; i < n; i++) close_block(blocks[i], places[i], rows);
@@ -190,3 +202,4 @@ void attention_forward(const AttentionForward& call, int64_t first_unit, int64_t
 
 }  // namespace AUDIOKERNELS_ISA
 }  // namespace audiokernels
+#endif

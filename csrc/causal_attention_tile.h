@@ -1,8 +1,10 @@
 // The pieces that the forward and the backward pass share, for the instruction set being compiled.
 //
-// Queries lie in the lanes: a panel holds a block of queries (or of what belongs to them) as (headdim, kQueries), keys
-// and values are rows whose numbers are broadcast. So scores need no sum and no maximum over lanes, a headdim needs no
-// padding beyond 8, and keys are read where the caller has them.
+// A tile of scores has rows, one after the other, and lanes. Forward, queries lie in the lanes: a panel holds a block
+// of them as (headdim, kWidth), keys and values are rows whose numbers are broadcast. So scores need no sum and no
+// maximum over lanes, a headdim needs no padding beyond 8, and keys are read where the caller has them. Backward it is
+// the other way round: keys in the lanes, queries as rows; then four of the five products take the faster of the two
+// loops below.
 #pragma once
 
 #include "causal_attention.h"
@@ -12,18 +14,17 @@ namespace audiokernels {
 namespace AUDIOKERNELS_ISA {
 namespace {
 
-// A register tile: kQueryVectors vectors of queries by kTile keys (or channels).
+// A register tile: kVectors vectors of lanes by kTile rows (or channels).
 #if defined(__AVX512F__)
-constexpr int kQueryVectors = 3, kTile = 8, kSums = 24;
+constexpr int kVectors = 3, kTile = 8, kSums = 24;
 #elif defined(__AVX2__)
-constexpr int kQueryVectors = 3, kTile = 4, kSums = 12;
+constexpr int kVectors = 3, kTile = 4, kSums = 12;
 #else
-constexpr int kQueryVectors = 2, kTile = 4, kSums = 8;
+constexpr int kVectors = 2, kTile = 4, kSums = 8;
 #endif
-constexpr int kQueries = kQueryVectors * kLanes;  // in a block
-constexpr int kPair = 2 * kQueryVectors;          // vectors of two keys
-constexpr int kKeys = kAttentionKeys;
-static_assert(kQueries <= kAttentionMostQueries && kAttentionUnit % kQueries == 0 && kKeys % kTile == 0);
+constexpr int kWidth = kVectors * kLanes;  // lanes of a panel
+constexpr int kRows = kAttentionRows;      // of a tile
+static_assert(kWidth <= kAttentionMostLanes && kAttentionUnit % kWidth == 0 && kRows % kTile == 0);
 
 constexpr float kInfinity = __builtin_inff();
 
@@ -194,122 +195,139 @@ AK_INLINE void transpose(VFloat (&v)[kLanes]) {
 
 AK_INLINE int64_t panel_channels(int64_t headdim) { return attention_round_up(headdim, kLanes > 8 ? kLanes : 8); }
 
-// rows (kQueries, channels) -> panel (channels, kQueries), times `scale`; channels a multiple of kLanes.
+// rows (kWidth, channels) -> panel (channels, kWidth), times `scale`; channels a multiple of kLanes.
 static inline void to_panel(const float* rows, int64_t channels, float scale, float* panel) {
   for (int64_t d = 0; d < channels; d += kLanes) {
-    for (int i = 0; i < kQueries; i += kLanes) {
+    for (int i = 0; i < kWidth; i += kLanes) {
       VFloat v[kLanes];
       for (int r = 0; r < kLanes; r++) v[r] = load(rows + (i + r) * channels + d);
       transpose(v);
-      for (int r = 0; r < kLanes; r++) store(panel + (d + r) * kQueries + i, v[r] * splat(scale));
+      for (int r = 0; r < kLanes; r++) store(panel + (d + r) * kWidth + i, v[r] * splat(scale));
     }
   }
 }
 
 // panel -> rows, each lane times its factor.
-static inline void from_panel(const float* panel, int64_t channels, const VFloat (&factor)[kQueryVectors],
-                              float* rows) {
+static inline void from_panel(const float* panel, int64_t channels, const VFloat (&factor)[kVectors], float* rows) {
   for (int64_t d = 0; d < channels; d += kLanes) {
-    for (int i = 0; i < kQueryVectors; i++) {
+    for (int i = 0; i < kVectors; i++) {
       VFloat v[kLanes];
-      for (int r = 0; r < kLanes; r++) v[r] = load(panel + (d + r) * kQueries + i * kLanes) * factor[i];
+      for (int r = 0; r < kLanes; r++) v[r] = load(panel + (d + r) * kWidth + i * kLanes) * factor[i];
       transpose(v);
       for (int r = 0; r < kLanes; r++) store(rows + (i * kLanes + r) * channels + d, v[r]);
     }
   }
 }
 
+// ---- what is seen ----
+
+// Row r sees the lanes [first + r, first + r + window) of those that there are.
+struct Tile {
+  int64_t first, window, rows, lanes;
+
+  // Does every row see every lane?
+  bool whole() const { return rows == kRows && lanes == kWidth && first + rows <= 1 && first + window >= kWidth; }
+  int64_t first_lane(int64_t r) const { return least(most(first + r, 0), lanes); }
+  int64_t end_lane(int64_t r) const { return r < rows ? least(most(first + r + window, 0), lanes) : 0; }
+  // The lanes of vector i that row r sees; none sees a row beyond the last.
+  AUDIOKERNELS_INLINE VInt visible(int64_t r, int i) const {
+    const VInt lane = lane_numbers() + splat_int(i * kLanes);
+    return (lane >= splat_int(int32_t(first_lane(r)))) & (lane < splat_int(int32_t(end_lane(r))));
+  }
+};
+
+// call(Count<n>{}) for the number n of vectors that hold so many lanes, at least one.
+template <int n>
+struct Count {};
+template <int n = kVectors, class Call>
+AK_INLINE void with_vectors(int64_t lanes, Call call) {
+  if constexpr (n > 1)
+    if (lanes <= (n - 1) * kLanes) return with_vectors<n - 1>(lanes, call);
+  call(Count<n>{});
+}
+
+// Is every number of these rows finite? Where not, zero weights do not keep them out of a sum.
+static inline bool all_finite(const float* rows, int64_t stride, int64_t count, int64_t headdim) {
+  typedef float Eight __attribute__((vector_size(32)));
+  Eight sum{};
+  for (int64_t j = 0; j < count; j++) {
+    for (int64_t d = 0; d < headdim; d += 8) {
+      Eight x;
+      memcpy(&x, rows + j * stride + d, sizeof x);
+      sum += x * 0.0f;
+    }
+  }
+  float total = 0;
+  for (int i = 0; i < 8; i++) total += sum[i];
+  return total == 0.0f;
+}
+
 // ---- products ----
 
-// products[j][query] = start[query] + sum_d rows[j][d] * panel[d][query] for j < count (rounded up to kTile).
-static inline void dot_rows(const float* rows, int64_t stride, int64_t count, const float* panel, int64_t headdim,
-                            const VFloat (&start)[kQueryVectors], float* products) {
-  for (int64_t j = 0; j < count; j += kTile) {
-    const float* row[kTile];  // beyond the last one, that once more
-    for (int t = 0; t < kTile; t++) row[t] = rows + least(j + t, count - 1) * stride;
-    VFloat sum[kTile][kQueryVectors];
-    for (int t = 0; t < kTile; t++)
-      for (int i = 0; i < kQueryVectors; i++) sum[t][i] = start[i];
-    for (int64_t d = 0; d < headdim; d++) {
-      VFloat lanes[kQueryVectors];
-      for (int i = 0; i < kQueryVectors; i++) lanes[i] = load(panel + d * kQueries + i * kLanes);
-      for (int t = 0; t < kTile; t++) {
-        const VFloat x = splat(row[t][d]);
-        for (int i = 0; i < kQueryVectors; i++) sum[t][i] = multiply_add(x, lanes[i], sum[t][i]);
-      }
+// sums[t][i] = sum over d < n of number(d, t) * panel[d][i]: nearly all time goes by here. The first step is a product,
+// since to copy a zero into each sum takes as long as to add to it.
+template <int V, class Number>
+AK_INLINE void multiply(const float* panel, int64_t n, Number number, VFloat (&sum)[kTile][V]) {
+  VFloat lanes[V];
+  for (int i = 0; i < V; i++) lanes[i] = load(panel + i * kLanes);
+  for (int t = 0; t < kTile; t++) {
+    const VFloat x = splat(number(0, t));
+    for (int i = 0; i < V; i++) sum[t][i] = x * lanes[i];
+  }
+  for (int64_t d = 1; d < n; d++) {
+    for (int i = 0; i < V; i++) lanes[i] = load(panel + d * kWidth + i * kLanes);
+    for (int t = 0; t < kTile; t++) {
+      const VFloat x = splat(number(d, t));
+      for (int i = 0; i < V; i++) sum[t][i] = multiply_add(x, lanes[i], sum[t][i]);
     }
-    for (int t = 0; t < kTile; t++)
-      for (int i = 0; i < kQueryVectors; i++) store(products + (j + t) * kQueries + i * kLanes, sum[t][i]);
   }
 }
 
-// panel[d][query] += sum_j rows[j][d] * weights[j][query] for d < headdim (rounded up to kTile).
+// products[j][lane] = rows[j] . panel[lane] for the rows of a tile, rounded up to kTile, and the lanes that they see.
+static inline void dot_rows(const float* rows, int64_t stride, const Tile& tile, const float* panel, int64_t headdim,
+                            float* products) {
+  for (int64_t j = 0; j < tile.rows; j += kTile, rows += kTile * stride, products += kTile * kWidth) {
+    const float* row[kTile] = {rows};  // beyond the last row, that once more
+    for (int t = 1; t < kTile; t++) row[t] = row[t - 1] + (j + t < tile.rows ? stride : 0);
+    const int64_t first = least(tile.first_lane(j) / kLanes * kLanes, kWidth - kLanes);
+    const int64_t end = tile.end_lane(least(j + kTile, tile.rows) - 1);
+    with_vectors(end - first, [&]<int V>(Count<V>) {
+      VFloat sum[kTile][V];
+      multiply(panel + first, headdim, [&](int64_t d, int t) { return row[t][d]; }, sum);
+      for (int t = 0; t < kTile; t++)
+        for (int i = 0; i < V; i++) store(products + t * kWidth + first + i * kLanes, sum[t][i]);
+    });
+  }
+}
+
+// panel[d][lane] += sum_j rows[j][d] * weights[j][lane] for d < headdim (rounded up to kTile).
+template <int V>
 static inline void add_rows(const float* rows, int64_t stride, int64_t count, const float* weights, int64_t headdim,
                             float* panel) {
   for (int64_t d = 0; d < headdim; d += kTile) {
-    VFloat sum[kTile][kQueryVectors] = {};
+    VFloat sum[kTile][V];
     const float* row = rows + d;
-    for (int64_t j = 0; j < count; j++, row += stride) {
-      VFloat lanes[kQueryVectors];
-      for (int i = 0; i < kQueryVectors; i++) lanes[i] = load(weights + j * kQueries + i * kLanes);
-      for (int t = 0; t < kTile; t++) {
-        const VFloat x = splat(row[t]);
-        for (int i = 0; i < kQueryVectors; i++) sum[t][i] = multiply_add(x, lanes[i], sum[t][i]);
-      }
-    }
+    multiply(weights, count, [&](int64_t j, int t) { return row[j * stride + t]; }, sum);
     for (int t = 0; t < kTile; t++) {
-      for (int i = 0; i < kQueryVectors; i++) {
-        float* p = panel + (d + t) * kQueries + i * kLanes;
+      for (int i = 0; i < V; i++) {
+        float* p = panel + (d + t) * kWidth + i * kLanes;
         store(p, load(p) + sum[t][i]);  // short sums first: they round less
       }
     }
   }
 }
 
-// ---- what a query may see ----
-
-// The tile of `count` keys from `key` on, against `queries` queries whose own positions start at `own`.
-struct Tile {
-  int64_t key, count, own, queries, window;
-
-  // Does every query see every key?
-  bool whole() const { return queries == kQueries && key + count - 1 <= own && key > own + kQueries - 1 - window; }
-  // The queries in vector i that see key j; none sees one beyond the last.
-  __attribute__((always_inline)) VInt visible(int64_t j, int i) const {
-    const int64_t first = most(key + j - own, 0), last = j < count ? least(key + j - own + window, queries) : 0;
-    const VInt lane = lane_numbers() + splat_int(i * kLanes);
-    return (lane >= splat_int(int32_t(least(first, kQueries)))) & (lane < splat_int(int32_t(most(last, 0))));
-  }
-  bool sees(int64_t query, int64_t j) const {
-    return query < queries && key + j <= own + query && key + j > own + query - window;
-  }
-};
-
-// Is every number of these rows finite? Where not, zero weights do not keep them out of a sum.
-static inline bool all_finite(const float* rows, int64_t stride, int64_t count, int64_t headdim) {
-  int32_t largest = 0;
-  for (int64_t j = 0; j < count; j++) {
-    for (int64_t d = 0; d < headdim; d++) {
-      int32_t bits;
-      memcpy(&bits, rows + j * stride + d, sizeof bits);
-      bits &= 0x7FFFFFFF;
-      largest = bits > largest ? bits : largest;
-    }
-  }
-  return largest < 0x7F800000;
-}
-
-// add_rows where keys that a query does not see may hold NaN; for the others the same to the bit.
+// add_rows where rows that a lane does not see may hold NaN; for the others the same to the bit.
 static inline void add_seen_rows(const float* rows, int64_t stride, const Tile& tile, const float* weights,
                                  int64_t headdim, float* panel) {
-  for (int i = 0; i < kQueryVectors; i++) {
+  for (int i = 0; i < kVectors; i++) {
     for (int64_t d = 0; d < headdim; d++) {
       VFloat sum{};
-      for (int64_t j = 0; j < tile.count; j++) {
-        const VFloat weight = load(weights + j * kQueries + i * kLanes);
+      for (int64_t j = 0; j < tile.rows; j++) {
+        const VFloat weight = load(weights + j * kWidth + i * kLanes);
         sum = select(tile.visible(j, i), multiply_add(splat(rows[j * stride + d]), weight, sum), sum);
       }
-      float* p = panel + d * kQueries + i * kLanes;
+      float* p = panel + d * kWidth + i * kLanes;
       store(p, load(p) + sum);
     }
   }
@@ -318,11 +336,9 @@ static inline void add_seen_rows(const float* rows, int64_t stride, const Tile& 
 // The weighted sum of a tile's rows, by whichever of the two it needs.
 static inline void add_tile(const float* rows, int64_t stride, const Tile& tile, const float* weights, int64_t headdim,
                             float* panel) {
-  if (tile.whole() || all_finite(rows, stride, tile.count, headdim)) {
-    add_rows(rows, stride, tile.count, weights, headdim, panel);
-  } else {
-    add_seen_rows(rows, stride, tile, weights, headdim, panel);
-  }
+  if (!tile.whole() && !all_finite(rows, stride, tile.rows, headdim))
+    return add_seen_rows(rows, stride, tile, weights, headdim, panel);
+  with_vectors(tile.lanes, [&]<int V>(Count<V>) { add_rows<V>(rows, stride, tile.rows, weights, headdim, panel); });
 }
 
 }  // namespace

@@ -25,6 +25,8 @@ std::atomic<Isa>& current() {
 
 Isa isa() { return current().load(std::memory_order_relaxed); }
 
+Isa float_isa() { return isa() > Isa::avx512 ? Isa::avx512 : isa(); }
+
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx2: return "avx2";

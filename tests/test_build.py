@@ -62,7 +62,9 @@ def test_objects_of_instruction_sets_share_no_code():
     assert len(objects) == 5 * len(list((ROOT / "csrc").glob("*_simd.cpp")))
     for path in objects:
         symbols = run("nm", "-C", path).stdout
-        assert f"audiokernels::{re.search('simd_(.*)[.]dir', str(path))[1]}::" in symbols
+        isa = re.search("simd_(.*)[.]dir", str(path))[1]
+        empty = "causal_attention" in path.name and isa in ("avx512_vnni", "avx512_bf16")  # float_isa() in isa.h
+        assert (f"audiokernels::{isa}::" in symbols) is not empty
         assert not re.search(r" [WVu] ", symbols), f"{path.name} in {path.parent.parent.name} has weak symbols"
 
 
