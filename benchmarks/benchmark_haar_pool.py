@@ -6,6 +6,9 @@ cumulative sums); that loop under torch.compile; and of ptwt and pytorch_wavelet
 8-level transform and its inverse, which is what pooling by a wavelet library takes at least. Limit: copy_ of the same
 tensor, twice for forward + backward. The ratio is our rate as a share of copy_'s.
 
+On the CPU freed memory is kept for the next result: the page faults of fresh memory take more time than a copy ("copy
+into new memory", limits). There the op and copy_ also run on two threads.
+
 Not timed: haar_pool_ (see explain). --full adds the linear plan in causal mode.
 """
 
@@ -40,7 +43,7 @@ class Case(NamedTuple):
 def cases(device: str, quick: bool, full: bool) -> list[Case]:
     shapes = [(64, 1600, 64), (32, 4096, 256), (8, 16384, 512)]
     if device == "cpu":
-        shapes = [(1, 16384, 64), (16, 4096, 256)]
+        shapes = shapes[:2]  # beyond the caches
     if quick:
         shapes = [(1, 200, 16), (16, 100, 16)]
     kinds = [("block", "dyadic"), ("block", "linear"), ("causal", "dyadic")]
@@ -131,7 +134,9 @@ def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -
 # ---- measuring
 
 
-def measure(case: Case, clock: common.Clock, arguments: argparse.Namespace) -> list[common.Row]:
+def measure(case: Case, threads: int, arguments: argparse.Namespace) -> list[common.Row]:
+    torch.set_num_threads(threads)
+    clock = common.clock_of(arguments.device, threads)
     levels = haar_levels(case.shape[2], case.shape[1], case.plan)
     x = torch.randn(case.shape, device=arguments.device).to(case.dtype)
     grad, target_tensor = torch.randn_like(x), torch.empty_like(x)
@@ -142,10 +147,12 @@ def measure(case: Case, clock: common.Clock, arguments: argparse.Namespace) -> l
     }
     check(case, NAME, sides[NAME], levels)
     check(case, "eager loop", loop, levels)
-    if not arguments.quick and case.plan == "dyadic":
+    if threads > 1:
+        del sides["eager loop"]
+    elif not arguments.quick and case.plan == "dyadic":
         torch._dynamo.reset()
         sides["torch.compile"] = torch.compile(loop)
-    if case.mode == "block" and case.plan == "dyadic":
+    if case.mode == "block" and case.plan == "dyadic" and threads == 1:
         sides.update(wavelet_peers(x))
 
     rows = []
@@ -167,7 +174,7 @@ def measure(case: Case, clock: common.Clock, arguments: argparse.Namespace) -> l
         kernel = explain(haar_pool, x, levels=levels, mode=case.mode).kernel
         for side, timing in timings.items():
             ours = side == NAME
-            columns = {"dtype": str(case.dtype).removeprefix("torch."), "batch": case.shape[0]}
+            columns = {"dtype": str(case.dtype).removeprefix("torch."), "batch": case.shape[0], "threads": threads}
             columns["note"] = f"{1e3 * timing.median:.3g} ms" + (f", {kernel}" if ours else "")
             if side != "copy_":
                 columns.update(ratio=timing.times_as_fast_as(timings["copy_"]), ratio_to="copy_")
@@ -180,7 +187,14 @@ def measure(case: Case, clock: common.Clock, arguments: argparse.Namespace) -> l
 def limits(clock: common.Clock, arguments: argparse.Namespace) -> list[common.Row]:
     n_bytes = 1 << 22 if arguments.quick else 0
     rate = common.copy_rate(clock, arguments.device, n_bytes) / 1e9
-    return [common.Row("limits", "copy, read and written", "GB/s", rate, clock=clock.name)]
+    rows = [common.Row("limits", "copy, read and written", "GB/s", rate, clock=clock.name)]
+    if arguments.device == "cpu":
+        common.keep_freed_memory(False)
+        x = torch.ones(max(1, (n_bytes or 1 << 27) // 4))
+        timing = common.interleave({"clone": x.clone}, clock, rounds=5, seconds=0.02)["clone"]
+        rows.append(common.rate_row("limits", "copy into new memory", timing, 8 * x.numel() / 1e9, "GB/s"))
+        common.keep_freed_memory(True)
+    return rows
 
 
 def main() -> None:
@@ -190,7 +204,8 @@ def main() -> None:
     clock = common.begin(arguments)
     rows = limits(clock, arguments)
     for case in cases(arguments.device, arguments.quick, arguments.full):
-        rows += measure(case, clock, arguments)
+        for threads in (1, 2) if arguments.device == "cpu" else (1,):
+            rows += measure(case, threads, arguments)
     common.finish(NAME, rows, arguments)
 
 

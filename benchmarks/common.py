@@ -13,6 +13,7 @@ of the ratios taken within each round, where both sides met the same machine.
 
 import argparse
 import csv
+import ctypes
 import datetime
 import importlib
 import os
@@ -143,6 +144,14 @@ def optional(module: str) -> ModuleType | None:
     except ImportError as error:
         print(f"not timed, because not importable: {module}: {error}")
         return None
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """On Linux: whether malloc keeps large blocks that were freed for the next result, or gives them back at once."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0 if keep else 65536)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1 if keep else 1 << 17)  # M_TRIM_THRESHOLD
 
 
 # ---- limits: what the machine can do at most

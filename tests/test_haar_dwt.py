@@ -16,6 +16,7 @@ from audiokernels.haar_dwt import haar_dwt_ref, haar_idwt_ref
 
 DWT = torch.ops.audiokernels.haar_dwt.default
 IDWT = torch.ops.audiokernels.haar_idwt.default
+pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ISAS = instruction_sets("haar_dwt")
 COMPILED = ISAS != UNCOMPILED
@@ -176,6 +177,16 @@ def test_result_memory_is_fully_written():
             assert not out.isnan().any() and not haar_idwt(out, case[3]).isnan().any()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_rows_do_not_depend_on_threads(batch):
+    x = torch.randn(batch, 1000, 70)
+    out = haar_dwt(x, 5)
+    back = haar_idwt(out, 5)
+    torch.set_num_threads(2)
+    assert torch.equal(out, haar_dwt(x, 5)) and torch.equal(back, haar_idwt(out, 5))
+    torch.set_num_threads(1)
 
 
 @settings(max_examples=50, deadline=None)

@@ -16,6 +16,7 @@ from audiokernels.haar_pool import haar_pool_ref
 
 OP = torch.ops.audiokernels.haar_pool.default
 INPLACE = torch.ops.audiokernels.haar_pool_.default
+pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ISAS = instruction_sets("haar_pool")
 COMPILED = ISAS != UNCOMPILED
@@ -235,14 +236,28 @@ def test_result_memory_is_fully_written():
         torch.use_deterministic_algorithms(False)
 
 
-def test_rows_do_not_depend_on_batch_or_threads():
-    x, before = torch.randn(5, 500, 70), torch.get_num_threads()
+@pytest.mark.parametrize("batch", [1, 5, 16])  # one sequence shared by threads; whole sequences a thread
+def test_rows_do_not_depend_on_batch_or_threads(batch):
+    x = torch.randn(batch, 900, 70)
     for mode, norm in MODES:
-        out = haar_pool(x, mode=mode, norm=norm)
-        assert torch.equal(out[3:4], haar_pool(x[3:4], mode=mode, norm=norm))
-        torch.set_num_threads(2)
-        assert torch.equal(out, haar_pool(x, mode=mode, norm=norm))
-        torch.set_num_threads(before)
+        out, inplace = haar_pool(x, mode=mode, norm=norm), haar_pool_(x.clone(), mode=mode, norm=norm)
+        assert torch.equal(out[-1:], haar_pool(x[-1:], mode=mode, norm=norm)) and torch.equal(out, inplace)
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(out, haar_pool(x, mode=mode, norm=norm))
+            assert torch.equal(out, haar_pool_(x.clone(), mode=mode, norm=norm))
+        torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
+@modes
+def test_float32_is_the_same_to_the_bit_on_every_instruction_set(mode, norm):
+    for case in CASES:
+        x, results = make(case), []
+        for name in ISAS:
+            with in_use(name):
+                results.append(haar_pool(x, levels=plan(case), mode=mode, norm=norm))
+        assert all(torch.equal(results[0], result) for result in results)
 
 
 def test_in_place_leaves_level_0_untouched():
