@@ -33,10 +33,11 @@ lib.define(
     "wavenet_generate(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
     "Tensor? condition, float temperature, bool return_logits) -> (Tensor, Tensor)"
 )
-lib.define(  # the kernels for GPUs; plan: streams a block, shared bytes a block
+lib.define(  # the kernels for GPUs; plan: WaveNetPlan.to_ints()
     "_wavenet_generate_cuda(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
     "Tensor? condition, float temperature, bool return_logits, SymInt[] plan) -> (Tensor, Tensor)"
 )
+lib.define("_wavenet_clusters(Tensor device, int[] shape, SymInt[] plan) -> SymInt")  # that the device runs at once
 
 
 def state_floats(shape: WaveNetShape) -> int:
@@ -205,7 +206,7 @@ def _launch(data, shape_ints, state, uniforms, codes, condition, temperature, re
     arguments = (data, shape_ints, state, uniforms, codes, condition, temperature, return_logits)
     if plan.kernel == REFERENCE:
         return wavenet_generate_ref(*arguments)
-    return _cuda_op(*arguments, [plan.streams, plan.shared_bytes])
+    return _cuda_op(*arguments, plan.to_ints())
 
 
 def _plan(shape: WaveNetShape, uniforms: Tensor) -> WaveNetPlan:
@@ -240,6 +241,7 @@ lib.impl("wavenet_generate", wavenet_generate_ref, "CompositeExplicitAutograd")
 if _has_cuda_kernels():
     lib.impl("wavenet_generate", _launch, "CUDA")
 torch.library.register_fake("audiokernels::wavenet_generate", _fake, lib=lib)
+torch.library.register_fake("audiokernels::_wavenet_clusters", lambda device, shape, plan: 0, lib=lib)
 torch.library.register_fake("audiokernels::_wavenet_generate_cuda", lambda *call: _fake(*call[:-1]), lib=lib)
 describe("wavenet_generate", _explain)
 _op = torch.ops.audiokernels.wavenet_generate.default

@@ -1,7 +1,10 @@
 """Which CUDA kernel a call of wavenet_generate takes, in how many blocks: a pure function of sizes and device facts.
 
-The general kernel gives a block one or four streams and reads all weights from L2 for each sample. It takes any sizes
-whose activations fit the shared memory of a block.
+cuda_cluster: clusters of 2 to 16 blocks keep all weights in registers and shared memory and run 8 or 16 streams each.
+It takes float16 and bfloat16 packs of 32 or 64 residual channels with as many hidden ones, width 2 or 3, up to 40
+layers (16 of width 3 and 64 channels), 64 to 256 skip and head channels and classes; compute capability 9 and 10.
+cuda_general: a block takes one or four streams and reads all weights from L2 for each sample; any sizes whose
+activations fit the shared memory of a block, sm_80 and later.
 """
 
 from functools import lru_cache
@@ -15,6 +18,8 @@ from audiokernels.wavenet_pack import WaveNetShape
 
 THREADS = 512  # of a block of the general kernel
 MOST_LAYERS = 256  # dilations travel with the launch
+STREAMS = 8  # of a group: the columns of one matrix product
+LOCAL_LAYERS = 5  # of a block of a cluster
 
 
 class Gpu(NamedTuple):
@@ -23,6 +28,7 @@ class Gpu(NamedTuple):
     capability: tuple[int, int]
     multiprocessors: int
     shared_memory: int  # bytes that one block may have
+    clusters: tuple[int, int] = (0, 0)  # of 8 and of 16 blocks, a block a multiprocessor: how many run at once
 
 
 class WaveNetPlan(NamedTuple):
@@ -30,9 +36,14 @@ class WaveNetPlan(NamedTuple):
 
     kernel: str
     why: str
-    streams: int = 0  # of one block
+    streams: int = 0  # of one block, or of one cluster
     blocks: int = 0
     shared_bytes: int = 0  # of one block
+    cluster: tuple[int, ...] = ()  # groups in flight, blocks of the layers, blocks of skip, head and output
+
+    def to_ints(self) -> list[int]:
+        """The form in which the private op's schema carries it."""
+        return list(self.cluster) or [self.streams, self.shared_bytes]
 
 
 def wavenet_generate_plan(shape: WaveNetShape, batch: int, gpu: Gpu) -> WaveNetPlan:
@@ -41,6 +52,15 @@ def wavenet_generate_plan(shape: WaveNetShape, batch: int, gpu: Gpu) -> WaveNetP
         return WaveNetPlan(REFERENCE, f"sm_{gpu.capability[0]}{gpu.capability[1]} is older than sm_80")
     if len(shape.dilations) > MOST_LAYERS:
         return WaveNetPlan(REFERENCE, f"{len(shape.dilations)} layers: the kernels take up to {MOST_LAYERS}")
+    cluster, why_not = cluster_layout(shape, batch, gpu)
+    if cluster:
+        groups, layer_blocks, head_blocks = cluster
+        count, size = -(-batch // (groups * STREAMS)), layer_blocks + head_blocks
+        why = (
+            f"{count} cluster(s) of {layer_blocks} + {head_blocks} blocks, {groups} group(s) of {STREAMS} streams each"
+        )
+        shared_bytes = cluster_bytes(shape, *cluster)
+        return WaveNetPlan("cuda_cluster", why, groups * STREAMS, count * size, shared_bytes, cluster)
     alone, shared = (general_bytes(shape, streams) for streams in (1, 4))
     if alone > gpu.shared_memory:
         return WaveNetPlan(
@@ -51,7 +71,56 @@ def wavenet_generate_plan(shape: WaveNetShape, batch: int, gpu: Gpu) -> WaveNetP
         why, streams, shared_bytes = "four streams a block share each read of the weights", 4, shared
     else:
         why, streams, shared_bytes = "a block per stream", 1, alone
-    return WaveNetPlan("cuda_general", f"{why}; weights from L2", streams, -(-batch // streams), shared_bytes)
+    return WaveNetPlan(
+        "cuda_general", f"{why}, weights from L2; no cluster: {why_not}", streams, -(-batch // streams), shared_bytes
+    )
+
+
+def cluster_layout(shape: WaveNetShape, batch: int, gpu: Gpu) -> tuple[tuple[int, ...], str]:
+    """(groups, layer blocks, head blocks) of a cluster, or () and why there is none. Codes depend on none of them."""
+    if not any(gpu.clusters):
+        return (), "clusters of so much shared memory do not fit this GPU"
+    if shape.dtype not in (torch.float16, torch.bfloat16):
+        return (), "the pack is neither float16 nor bfloat16"
+    if shape.residual not in (32, 64) or shape.hidden != shape.residual or shape.width < 2:
+        return (), "it takes 32 or 64 residual channels, as many hidden ones, and a width of at least 2"
+    rows = [round_up(size, LANES) for size in (shape.skip, shape.head, shape.n_class)]
+    local = LOCAL_LAYERS
+    while local > 1 and layer_bytes(shape, 1, local) > gpu.shared_memory:
+        local -= 1
+    layer_blocks = -(-len(shape.dilations) // local)
+    size = 8 if layer_blocks <= 5 and len(shape.dilations) <= 20 else 16
+    head_blocks = min(size - layer_blocks, 8, min(rows) // LANES)
+    resident = gpu.clusters[size == 16]
+    if max(rows) > 256 or layer_blocks > 8 or 2 * -(-max(rows) // LANES // max(1, head_blocks)) > 12:
+        return (), "the layers, or the rows of skip, head and classes, are too many for a cluster"
+    if resident == 0:
+        return (), f"clusters of {size} blocks do not fit this GPU"
+    for groups in (2, 1) if batch > STREAMS * resident else (1,):
+        if cluster_bytes(shape, groups, layer_blocks, head_blocks) <= gpu.shared_memory:
+            return (groups, layer_blocks, head_blocks), ""
+    return (), "a block of a cluster has too little shared memory for its weights"
+
+
+def cluster_bytes(shape: WaveNetShape, groups: int, layer_blocks: int, head_blocks: int) -> int:
+    """Shared memory of a block of a cluster, as csrc/wavenet_cluster_cuda.cu carves it."""
+    layers, vector = len(shape.dilations), shape.residual * 2 * STREAMS
+    skip, head, classes = (round_up(size, LANES) for size in (shape.skip, shape.head, shape.n_class))
+    warps = -(-max(skip, head, classes) // LANES // head_blocks)
+    top = [8 * groups * layers, 8 * groups, 8 * groups, layers * warps * shape.residual // 16 * 512]
+    top += [groups * layers * vector, *(groups * round_up(rows, 32) * 2 * STREAMS for rows in (skip, head))]
+    return max(layer_bytes(shape, groups, -(-layers // layer_blocks)), sum(round_up(n, 16) for n in top))
+
+
+def layer_bytes(shape: WaveNetShape, groups: int, local: int) -> int:
+    """The same of a block of `local` layers."""
+    residual, vector = shape.residual, shape.residual * 2 * STREAMS
+    parts = [8 * groups, 8 * groups, local * shape.width * 2 * (residual // 16) ** 2 * 512]
+    parts += [groups * local * vector, local * (shape.width - 1) * vector, 2 * vector]
+    parts += [groups * vector, groups * vector, 2 * groups * vector, 8 * local * residual, 4 * local * residual]
+    parts += [groups * round_up(shape.n_class, LANES) * (STREAMS + 2) * 4, STREAMS * 16 * 4]
+    parts += [groups * local * STREAMS * 4, groups * STREAMS * 4, groups * STREAMS * 8]
+    return sum(round_up(n, 16) for n in parts)
 
 
 def general_bytes(shape: WaveNetShape, streams: int) -> int:
@@ -69,10 +138,19 @@ def general_bytes(shape: WaveNetShape, streams: int) -> int:
 
 @lru_cache
 def gpu_facts(device: torch.device) -> Gpu:
-    """The Gpu of a CUDA device."""
+    """The Gpu of a CUDA device. Clusters are counted for the standard model of 20 and of 40 layers."""
     properties = torch.cuda.get_device_properties(device)
+    clusters = (0, 0)
+    if properties.major >= 9:
+        probe = torch.empty(0, device=device)
+        count = torch.ops.audiokernels._wavenet_clusters.default
+        shapes = [
+            WaveNetShape(torch.float16, 64, 64, 256, 256, 256, 2, 0, 1, (1,) * layers).to_ints() for layers in (20, 40)
+        ]
+        clusters = (count(probe, shapes[0], [1, 4, 4]), count(probe, shapes[1], [1, 8, 8]))
     return Gpu(
         (properties.major, properties.minor),
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
+        clusters,
     )

@@ -22,6 +22,8 @@ AK_PTX char* dynamic_shared() {
 }
 AK_PTX uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+AK_PTX void trap() { asm volatile("trap;"); }  // ends the grid with an error
+
 AK_PTX uint64_t nanoseconds() {
   uint64_t t;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
@@ -81,6 +83,26 @@ AK_PTX uint2 load_matrix_x2_trans(uint32_t address) {
                : "r"(address)
                : "memory");
   return m;
+}
+
+// Two numbers rounded to 16 bits, the first one low; and one of them back.
+AK_PTX uint32_t pack(float low, float high, Float16) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+AK_PTX uint32_t pack(float low, float high, BFloat16) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+AK_PTX float half_of(uint32_t word, int high, Float16) {
+  float value;
+  asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(value) : "r"(word >> 16 * high));
+  return value;
+}
+AK_PTX float half_of(uint32_t word, int high, BFloat16) {
+  return __uint_as_float(high ? word & 0xffff0000u : word << 16);
 }
 
 // ---- barriers of a block; `threads` are those that sync and those that only arrive

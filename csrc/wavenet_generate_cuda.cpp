@@ -12,6 +12,23 @@
 namespace audiokernels {
 namespace {
 
+WaveNetCall sizes_of(const WaveNetShape& s) {
+  STD_TORCH_CHECK(s.n_layer <= kMostLayers, "more than ", kMostLayers, " layers");
+  WaveNetCall c{};
+  c.dtype = int(s.dtype), c.residual = int(s.residual), c.hidden = int(s.hidden), c.skip = int(s.skip);
+  c.head = int(s.head), c.n_class = int(s.n_class), c.width = int(s.width), c.condition = int(s.condition);
+  c.n_layer = int(s.n_layer), c.hop = s.hop;
+  c.x_rows = int(s.residual_rows()), c.h_rows = int(s.gate_rows() / 2), c.skip_rows = int(s.skip_rows());
+  c.head_rows = int(pad_lanes(s.head)), c.class_rows = int(pad_lanes(s.n_class));
+  for (int64_t l = 0; l < s.n_layer; l++) c.dilations[l] = int32_t(s.dilations[l]);
+  return c;
+}
+
+WaveNetCluster cluster_of(const std::vector<int64_t>& plan) {
+  STD_TORCH_CHECK(plan.size() == 3, "plan must hold groups, layer blocks and head blocks");
+  return {int(plan[0]), int(plan[1]), int(plan[2])};
+}
+
 // Checks without waiting for the GPU: what lies in its memory is the kernels' own care.
 WaveNetCall check_call(const WaveNetShape& s, const Tensor& weights, const Tensor& state, const Tensor& uniforms,
                        const std::optional<Tensor>& codes, const std::optional<Tensor>& condition, double temperature) {
@@ -24,18 +41,11 @@ WaveNetCall check_call(const WaveNetShape& s, const Tensor& weights, const Tenso
                       weights.numel() == s.pack_bytes() && weights.is_contiguous(),
                   "weights must be a contiguous CUDA tensor of ", s.pack_bytes(), " bytes");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(weights.data_ptr()) % 16 == 0, "weights must be aligned to 16 bytes");
-  STD_TORCH_CHECK(s.n_layer <= kMostLayers, "more than ", kMostLayers, " layers");
   on_device(state, "state", 2);
   on_device(uniforms, "uniforms", 2);
   STD_TORCH_CHECK(state.scalar_type() == ScalarType::Float && uniforms.scalar_type() == ScalarType::Float,
                   "state and uniforms must be float32");
-  WaveNetCall c{};
-  c.dtype = int(s.dtype), c.residual = int(s.residual), c.hidden = int(s.hidden), c.skip = int(s.skip);
-  c.head = int(s.head), c.n_class = int(s.n_class), c.width = int(s.width), c.condition = int(s.condition);
-  c.n_layer = int(s.n_layer), c.hop = s.hop;
-  c.x_rows = int(s.residual_rows()), c.h_rows = int(s.gate_rows() / 2), c.skip_rows = int(s.skip_rows());
-  c.head_rows = int(pad_lanes(s.head)), c.class_rows = int(pad_lanes(s.n_class));
-  for (int64_t l = 0; l < s.n_layer; l++) c.dilations[l] = int32_t(s.dilations[l]);
+  WaveNetCall c = sizes_of(s);
   c.batch = uniforms.size(0), c.n = uniforms.size(1);
   c.pack = static_cast<const uint8_t*>(weights.data_ptr());
   c.table_bytes = s.table_bytes();
@@ -83,7 +93,7 @@ std::tuple<Tensor, Tensor> _wavenet_generate_cuda(Tensor weights, std::vector<in
                                                   bool return_logits, std::vector<int64_t> plan) {
   const WaveNetShape shape = wavenet_shape(shape_ints.data(), int64_t(shape_ints.size()));
   WaveNetCall call = check_call(shape, weights, state, uniforms, codes, condition, temperature);
-  STD_TORCH_CHECK(plan.size() == 2, "plan must hold streams and shared_bytes");
+  STD_TORCH_CHECK(plan.size() == 2 || plan.size() == 3, "plan must be one of wavenet_generate_plan");
   const torch::stable::accelerator::DeviceGuard guard(weights.get_device_index());
   const ScalarType code_type = shape.n_class <= 256 ? ScalarType::Byte : ScalarType::Short;
   Tensor out = torch::stable::new_empty(uniforms, {call.batch, call.n}, code_type);
@@ -97,14 +107,27 @@ std::tuple<Tensor, Tensor> _wavenet_generate_cuda(Tensor weights, std::vector<in
   }
   call.out = out.data_ptr();
   call.logits = return_logits ? static_cast<float*>(logits.data_ptr()) : nullptr;
-  void* stream = current_cuda_stream(weights.get_device_index());
-  const cudaError_t error = wavenet_general_cuda(call, int(plan[0]), int(plan[1]), static_cast<cudaStream_t>(stream));
+  const auto stream = static_cast<cudaStream_t>(current_cuda_stream(weights.get_device_index()));
+  const cudaError_t error = plan.size() == 2 ? wavenet_general_cuda(call, int(plan[0]), int(plan[1]), stream)
+                                             : wavenet_cluster_cuda(call, cluster_of(plan), stream);
   check_cuda("wavenet_generate", error, cudaGetErrorString(error));
   return {out, logits};
 }
 
+// How many such clusters the device can run at once; 0 where it cannot, for whatever reason.
+int64_t wavenet_clusters(Tensor device, std::vector<int64_t> shape_ints, std::vector<int64_t> plan) {
+  const WaveNetShape shape = wavenet_shape(shape_ints.data(), int64_t(shape_ints.size()));
+  const torch::stable::accelerator::DeviceGuard guard(device.get_device_index());
+  int clusters = 0;
+  if (wavenet_cluster_most(sizes_of(shape), cluster_of(plan), &clusters) == cudaSuccess) return clusters;
+  cudaGetLastError();  // it shall not come up at another launch
+  return 0;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(audiokernels, CUDA, m) {
-  if (!torch_is_rocm()) m.impl("_wavenet_generate_cuda", TORCH_BOX(&_wavenet_generate_cuda));
+  if (torch_is_rocm()) return;
+  m.impl("_wavenet_generate_cuda", TORCH_BOX(&_wavenet_generate_cuda));
+  m.impl("_wavenet_clusters", TORCH_BOX(&wavenet_clusters));
 }
 
 }  // namespace

@@ -37,4 +37,13 @@ struct WaveNetCall {
 // One block for `streams` (1 or 4) streams, any sizes, weights from L2.
 cudaError_t wavenet_general_cuda(const WaveNetCall& call, int streams, int shared_bytes, cudaStream_t stream);
 
+// How a cluster of blocks shares a call: `groups` of 8 streams in flight, layers over layer_blocks, rows of skip, head
+// and output over head_blocks.
+struct WaveNetCluster {
+  int groups, layer_blocks, head_blocks;
+};
+cudaError_t wavenet_cluster_cuda(const WaveNetCall& call, const WaveNetCluster& cluster, cudaStream_t stream);
+// How many such clusters may be resident on the current device at once.
+cudaError_t wavenet_cluster_most(const WaveNetCall& call, const WaveNetCluster& cluster, int* clusters);
+
 }  // namespace audiokernels

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cuda_on_host import COMPILER
+from cuda_on_host import COMPILER, LaunchError
 from wavenet_cases import DTYPES, differing_draws, full_logits, pack_of, weights_of
 from wavenet_on_host import on_host
 
-from audiokernels import philox_uniform, wavenet_generate, wavenet_pack, wavenet_state, wavenet_unpack
-from audiokernels.wavenet_plan import general_bytes
+from audiokernels import explain, philox_uniform, wavenet_generate, wavenet_pack, wavenet_state, wavenet_unpack
+from audiokernels.wavenet_plan import cluster_bytes, general_bytes, gpu_facts, wavenet_generate_plan
 
 host = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 SIZES = {
@@ -21,7 +21,12 @@ SIZES = {
 
 
 def general(pack, state, uniforms, streams=1, **options):
-    return on_host("general", (streams, general_bytes(pack.shape, streams)), pack, state, uniforms, **options)
+    return on_host("general", (streams, general_bytes(pack.shape, streams), 0, 0), pack, state, uniforms, **options)
+
+
+def cluster(pack, state, uniforms, layout=(1, 2, 2), **options):
+    """`layout` is (groups, layer blocks, head blocks)."""
+    return on_host("cluster", (*layout, cluster_bytes(pack.shape, *layout)), pack, state, uniforms, **options)
 
 
 @host
@@ -125,3 +130,330 @@ def test_a_missing_barrier_of_the_general_kernel_is_seen(edit):
     expected = general(pack, wavenet_state(pack, 3), uniforms, 4)
     seen = [general(pack, wavenet_state(pack, 3), uniforms, 4, seed=seed, edit=edit) for seed in range(8)]
     assert not all(torch.equal(codes, expected) for codes in seen)
+
+
+# ---- the cluster kernel
+
+SMALL = {"residual": 32, "hidden": 32, "skip": 64, "head": 64, "n_class": 64}
+CLUSTERS = {  # dilations, sizes, layout
+    "two blocks of layers": ([1, 2, 4], {}, (1, 2, 2)),
+    "five layers in one block": ([1, 2, 4, 8, 1], {}, (1, 1, 4)),
+    "width 3": ([1, 3], {"width": 3}, (1, 2, 1)),
+    "64 channels": (
+        [1, 2],
+        {"residual": 64, "hidden": 64, "skip": 40, "head": 90, "n_class": 50},
+        (1, 1, 2),
+    ),
+    "one layer": ([2], {"n_class": 256, "head": 256, "skip": 256}, (1, 1, 3)),
+}
+
+
+def rms(x):
+    return float(x.square().mean().sqrt())
+
+
+@host
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_cluster_kernel_is_right(name):
+    """Logits of float16 against float64 convolutions of the unrounded weights over more than two receptive fields."""
+    dilations, sizes, layout = CLUSTERS[name]
+    weights = weights_of(len(dilations), **{**SMALL, **sizes})
+    pack = wavenet_pack(weights, dilations, dtype=torch.float16)
+    batch, n = 3, min(2 * pack.shape.receptive_field + 4, 24)
+    uniforms, state = philox_uniform(1, batch, n), wavenet_state(pack, batch)
+    codes, logits = cluster(pack, state, uniforms, layout, return_logits=True, seed=1)
+    expected = full_logits(weights, dilations, codes)
+    assert rms(logits - expected) < 1e-3 * rms(expected)
+    differ, off_edge = differing_draws(logits, expected, uniforms, codes)
+    assert off_edge == 0 and differ <= 1
+    other = wavenet_state(pack, batch)
+    wavenet_generate(pack, other, uniforms, codes=codes)
+    assert torch.equal(state[:, :16], other[:, :16]) and torch.allclose(state, other, atol=0.005)
+
+
+@host
+def test_cluster_kernel_in_bfloat16():
+    weights = weights_of(3, **SMALL)
+    pack, uniforms = wavenet_pack(weights, [1, 2, 4], dtype=torch.bfloat16), philox_uniform(1, 2, 20)
+    codes, logits = cluster(pack, wavenet_state(pack, 2), uniforms, return_logits=True)
+    expected = full_logits(weights, [1, 2, 4], codes)
+    assert rms(logits - expected) < 8e-3 * rms(expected)
+    assert differing_draws(logits, expected, uniforms, codes)[1] == 0
+
+
+@host
+def test_cluster_kernel_one_tree_for_every_batch_chunk_layout_and_order():
+    """Codes and state, bit for bit: batch position, groups and clusters, layouts, chunks, forks, orders of threads."""
+    pack = pack_of([1, 2, 4], dtype=torch.float16, **SMALL)
+    uniforms, n = philox_uniform(3, 19, 8), 8
+    state = wavenet_state(pack, 19)
+    codes = cluster(pack, state, uniforms)  # three clusters
+    assert len(codes.unique()) > 20
+    for seed, layout in enumerate([(2, 1, 2), (1, 3, 4), (2, 2, 1)]):
+        other = wavenet_state(pack, 19)
+        assert torch.equal(cluster(pack, other, uniforms, layout, seed=seed), codes) and torch.equal(other, state)
+    alone = wavenet_state(pack, 1)
+    assert torch.equal(cluster(pack, alone, uniforms[13:14], seed=5), codes[13:14])
+    assert torch.equal(alone[0], state[13])
+    other = wavenet_state(pack, 19)
+    blocks = [cluster(pack, other, uniforms[:, a:b], seed=a) for a, b in ((0, 1), (1, 4), (4, n))]
+    assert torch.equal(torch.cat(blocks, 1), codes) and torch.equal(other, state)
+    half = wavenet_state(pack, 19)
+    cluster(pack, half, uniforms[:, :5])
+    fork = torch.cat([half[[3, 3]], wavenet_state(pack, 1)])  # rows of different positions in one group
+    forked = cluster(pack, fork, uniforms[[3, 3, 7], 5:])
+    assert torch.equal(forked[:2], codes[[3, 3], 5:])
+    assert torch.equal(forked[2:], cluster(pack, wavenet_state(pack, 1), uniforms[7:8, 5:]))
+
+
+@host
+def test_cluster_kernel_condition_codes_and_temperature():
+    hop, n = 5, 17
+    weights = weights_of(3, **SMALL, condition=4)
+    pack = wavenet_pack(weights, [1, 2, 4], dtype=torch.float16, hop=hop)
+    g = torch.Generator().manual_seed(1)
+    frames = torch.randn(2, (n - 1) // hop + 1, 4, generator=g)
+    uniforms = philox_uniform(0, 2, n)
+    whole, logits = cluster(pack, wavenet_state(pack, 2), uniforms, condition=frames, return_logits=True)
+    expected = full_logits(weights, [1, 2, 4], whole, condition=frames, hop=hop)
+    assert rms(logits - expected) < 1e-3 * rms(expected)
+    state, blocks = wavenet_state(pack, 2), []
+    for begin, end in ((0, 3), (3, 5), (5, 17)):
+        part = frames[:, begin // hop : (end - 1) // hop + 1]
+        blocks.append(cluster(pack, state, uniforms[:, begin:end], condition=part))
+    assert torch.equal(torch.cat(blocks, 1), whole)
+    prompt = whole[:, :6].to(torch.int64)
+    assert torch.equal(cluster(pack, wavenet_state(pack, 2), uniforms, codes=prompt, condition=frames), whole)
+    greedy, logits = cluster(
+        pack, wavenet_state(pack, 2), uniforms, condition=frames, temperature=0.0, return_logits=True
+    )
+    assert torch.equal(greedy.long(), logits.argmax(2))
+
+
+@host
+def test_cluster_kernel_survives_what_is_out_of_range():
+    pack = pack_of([1, 2, 4], dtype=torch.float16, **SMALL)
+    state = wavenet_state(pack, 3)
+    state[:, :3] = torch.tensor([[-1.0, 0.5, 1e9], [torch.nan, torch.inf, -3.0], [2.0**30, 2.0**30, 63.0]])
+    uniforms = torch.tensor([[2.0, -1.0, torch.nan, torch.inf]] * 3)
+    out = cluster(pack, state, uniforms, codes=torch.tensor([[-5, 2**40]] * 3))
+    assert int(out.max()) < 64 and out[:, :2].tolist() == [[0, 63]] * 3
+
+
+@host
+@pytest.mark.slow
+def test_cluster_kernel_of_the_standard_model():
+    """20 layers, 64 channels, 256 skip: the layout of an H100, two groups in flight, over a whole cluster."""
+    dilations = [2**i for i in range(10)] * 2
+    weights = weights_of(20, residual=64, hidden=64, skip=256, head=256, n_class=256)
+    pack = wavenet_pack(weights, dilations, dtype=torch.float16)
+    uniforms = philox_uniform(1, 16, 40)
+    codes, logits = cluster(pack, wavenet_state(pack, 16), uniforms, (2, 4, 4), return_logits=True, seed=2)
+    expected = full_logits(weights, dilations, codes)
+    assert rms(logits - expected) < 1e-3 * rms(expected)
+    assert differing_draws(logits, expected, uniforms, codes)[1] == 0
+    again = cluster(pack, wavenet_state(pack, 16), uniforms, (1, 4, 4), seed=3)
+    assert torch.equal(again, codes)
+
+
+@host
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "edit",
+    [
+        (
+            "      __syncthreads();\n      if (threadIdx.x == 32 * kGateWarps)",
+            "      if (threadIdx.x == 32 * kGateWarps)",
+        ),
+        ("          wait(full, t);", ""),
+        ("        wait(base + at.h_full + 8 * item, t);", ""),
+        ("    wait(base + full, t);", ""),
+        ("at.x + (l + 1) % 2 * kVector", "at.x + l % 2 * kVector"),
+    ],
+)
+def test_a_missing_wait_of_the_cluster_kernel_is_seen(edit):
+    pack, uniforms = pack_of([1, 2, 4], dtype=torch.float16, **SMALL), philox_uniform(1, 3, 6)
+    expected = cluster(pack, wavenet_state(pack, 3), uniforms)
+
+    def seen(seed):
+        try:
+            return not torch.equal(cluster(pack, wavenet_state(pack, 3), uniforms, seed=seed, edit=edit), expected)
+        except LaunchError:
+            return True
+
+    assert any(seen(seed) for seed in range(6))
+
+
+# ---- on a GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DILATIONS = [2**i for i in range(10)] * 2
+STANDARD = {"residual": 64, "hidden": 64, "skip": 256, "head": 256, "n_class": 256}
+KERNELS = [("cuda_cluster", torch.float16), ("cuda_general", torch.float16), ("cuda_general", torch.float32)]
+
+
+def on_gpu(pack, state, uniforms, kernel=None, **options):
+    """wavenet_generate, or the private op with the plan of a GPU without clusters."""
+    if kernel != "cuda_general":
+        assert kernel is None or explain(wavenet_generate, pack, state, uniforms).kernel.startswith(kernel)
+        return wavenet_generate(pack, state, uniforms, **options)
+    plan = wavenet_generate_plan(pack.shape, len(uniforms), gpu_facts(uniforms.device)._replace(clusters=(0, 0)))
+    op, logits = torch.ops.audiokernels._wavenet_generate_cuda.default, options.get("return_logits", False)
+    codes, condition, temperature = (options.get(name) for name in ("codes", "condition", "temperature"))
+    temperature = 1.0 if temperature is None else temperature
+    out = op(pack.data, pack.shape.to_ints(), state, uniforms, codes, condition, temperature, logits, plan.to_ints())
+    return out if logits else out[0]
+
+
+def skip_without(kernel):
+    if kernel == "cuda_cluster" and torch.cuda.get_device_capability() not in ((9, 0), (10, 0), (10, 3)):
+        pytest.skip("no clusters with enough shared memory")
+
+
+@gpu
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
+@pytest.mark.parametrize("condition", [0, 5])
+def test_cuda_teacher_forced_logits(kernel, dtype, condition):
+    """Over more than two receptive fields, against float64 on the unrounded weights; draws on the reference's edges."""
+    skip_without(kernel)
+    weights = weights_of(20, condition=condition, **STANDARD)
+    pack = wavenet_pack(weights, DILATIONS, dtype=dtype, hop=50).to("cuda")
+    batch, n = 3, 2 * 2047 + 106
+    uniforms = philox_uniform(1, batch, n)
+    frames = torch.randn(batch, n // 50, condition) if condition else None
+    codes, logits = on_gpu(
+        pack, wavenet_state(pack, batch), uniforms.cuda(), kernel, return_logits=True,
+        condition=None if frames is None else frames.cuda(),
+    )  # fmt: skip
+    cuda = {name: tensor.cuda() for name, tensor in weights.items()}
+    expected = full_logits(cuda, DILATIONS, codes, condition=None if frames is None else frames.cuda(), hop=50).cpu()
+    codes, logits = codes.cpu(), logits.cpu()
+    assert rms(logits - expected) < (1e-5 if dtype == torch.float32 else 1e-3) * rms(expected)
+    differ, off_edge = differing_draws(logits, expected, uniforms, codes)
+    assert off_edge == 0 and differ < 0.01 * batch * n
+    assert len(codes.unique()) > 200
+
+
+@gpu
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
+def test_cuda_codes_do_not_depend_on_repeats_chunks_batch_position_or_cluster_count(kernel, dtype):
+    skip_without(kernel)
+    pack = pack_of(DILATIONS, dtype=dtype, **STANDARD).to("cuda")
+    n, batch = 600, 260  # more than one wave of clusters, two groups in each
+    uniforms = philox_uniform(2, batch, n).cuda()
+    state = wavenet_state(pack, batch)
+    codes = on_gpu(pack, state, uniforms, kernel)
+    again = wavenet_state(pack, batch)
+    assert torch.equal(on_gpu(pack, again, uniforms, kernel), codes) and torch.equal(again, state)
+    for rows in ([7], [259, 3, 3], list(range(100, 141))):
+        assert torch.equal(on_gpu(pack, wavenet_state(pack, len(rows)), uniforms[rows], kernel), codes[rows])
+    part, blocks = wavenet_state(pack, 20), []
+    for begin, end in ((0, 1), (1, 18), (18, 301), (301, n)):
+        blocks.append(on_gpu(pack, part, uniforms[:20, begin:end], kernel))
+        part = part.clone()
+    assert torch.equal(torch.cat(blocks, 1), codes[:20]) and torch.equal(part, state[:20])
+
+
+@gpu
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
+def test_cuda_graph_of_a_thousand_replays(kernel, dtype):
+    skip_without(kernel)
+    pack = pack_of([1, 2, 4, 8] * 5, dtype=dtype, **STANDARD).to("cuda")
+    uniforms, state = philox_uniform(3, 3, 1000 * 4).cuda(), wavenet_state(pack, 3)
+    expected = on_gpu(pack, wavenet_state(pack, 3), uniforms, kernel)
+    numbers = uniforms[:, :4].clone()
+    stream = torch.cuda.Stream()
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        on_gpu(pack, state.clone(), numbers, kernel)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = on_gpu(pack, state, numbers, kernel)
+        for i in range(1000):
+            numbers.copy_(uniforms[:, 4 * i : 4 * i + 4])
+            graph.replay()
+            assert torch.equal(out, expected[:, 4 * i : 4 * i + 4])
+
+
+@gpu
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
+def test_cuda_beside_a_competing_stream(kernel, dtype):
+    skip_without(kernel)
+    pack = pack_of(DILATIONS, dtype=dtype, **STANDARD).to("cuda")
+    uniforms = philox_uniform(4, 16, 200).cuda()
+    expected = on_gpu(pack, wavenet_state(pack, 16), uniforms, kernel)
+    other, a = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+    for _ in range(50):
+        with torch.cuda.stream(other):
+            for _ in range(4):
+                a = (a @ a).tanh()
+        assert torch.equal(on_gpu(pack, wavenet_state(pack, 16), uniforms, kernel), expected)
+    torch.cuda.synchronize()
+
+
+@gpu
+def test_cuda_oversized_models_fall_back_and_are_right():
+    for layers, sizes, kernel in (
+        (60, {"residual": 512, "hidden": 512, "skip": 512, "head": 512, "n_class": 256}, "cuda_general"),
+        (1, {"skip": 60_000}, "reference"),
+    ):
+        weights, dilations = weights_of(layers, **sizes), [2 ** (i % 4) for i in range(layers)]
+        pack = wavenet_pack(weights, dilations, dtype=torch.float16).to("cuda")
+        uniforms = philox_uniform(5, 2, 40).cuda()
+        codes, logits = wavenet_generate(pack, wavenet_state(pack, 2), uniforms, return_logits=True)
+        assert explain(wavenet_generate, pack, wavenet_state(pack, 2), uniforms).kernel.startswith(kernel)
+        cuda = {name: tensor.cuda() for name, tensor in weights.items()}
+        expected = full_logits(cuda, dilations, codes)
+        assert rms(logits - expected) < 2e-3 * rms(expected)
+
+
+@gpu
+def test_cuda_wrong_devices_and_wrong_calls():
+    pack = pack_of([1, 2]).to("cuda")
+    state, uniforms = wavenet_state(pack, 2), philox_uniform(0, 2, 4)
+    with pytest.raises(ValueError, match="uniforms must be on the pack's device cuda:0, got cpu"):
+        wavenet_generate(pack, state, uniforms)
+    with pytest.raises(ValueError, match="state must be on the pack's device cuda:0, got cpu"):
+        wavenet_generate(pack, state.cpu(), uniforms.cuda())
+    with pytest.raises(ValueError, match="state must have shape"):
+        wavenet_generate(pack, state[:1], uniforms.cuda())
+    if torch.cuda.device_count() > 1:
+        with pytest.raises(ValueError, match="got cuda:1"):
+            wavenet_generate(pack, state, uniforms.to("cuda:1"))
+
+
+ODD = [  # layers' dilations, sizes, batch, samples
+    ([1], {}, 1, 1),
+    ([1, 2, 4], {"residual": 20, "hidden": 12, "skip": 40, "head": 24, "n_class": 50}, 3, 7),
+    ([3, 1], {"residual": 1, "hidden": 1, "skip": 1, "head": 1, "n_class": 2}, 5, 9),
+    ([1, 3], {"width": 3, "residual": 33, "hidden": 17}, 2, 11),
+    ([1, 1], {"width": 1}, 4, 3),
+    ([1, 2], {"n_class": 300, "condition": 3}, 133, 5),
+    ([1, 2, 4], {"residual": 32, "hidden": 32, "skip": 64, "head": 64, "n_class": 64}, 9, 13),
+    ([1, 2, 4, 8, 1, 2], {"residual": 64, "hidden": 64, "skip": 70, "head": 80, "n_class": 100}, 17, 6),
+    ([1, 2], {"residual": 32, "hidden": 32, "width": 3, "skip": 128, "n_class": 256, "condition": 5}, 7, 12),
+    ([5, 3, 7, 2], {"residual": 31, "hidden": 37, "skip": 61, "head": 67, "n_class": 127}, 1, 17),
+]
+
+
+def run_odd(number, kernel=None):
+    dilations, sizes, batch, n = ODD[number]
+    weights = weights_of(len(dilations), **sizes)
+    pack = wavenet_pack(weights, dilations, dtype=torch.float16, hop=4).to("cuda")
+    uniforms, channels = philox_uniform(1, batch, n).cuda(), sizes.get("condition", 0)
+    frames = torch.randn(batch, (n - 1) // 4 + 1, channels).cuda() if channels else None
+    codes, logits = on_gpu(pack, wavenet_state(pack, batch), uniforms, kernel, condition=frames, return_logits=True)
+    cuda = {name: tensor.cuda() for name, tensor in weights.items()}
+    expected = full_logits(cuda, dilations, codes, condition=frames, hop=4)
+    assert rms(logits - expected) < 2e-3 * rms(expected)
+
+
+@gpu
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_cuda_odd_sizes_sanitize(number):
+    run_odd(number)
+
+
+@gpu
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_cuda_general_kernel_odd_sizes_sanitize_racecheck(number):
+    run_odd(number, "cuda_general")

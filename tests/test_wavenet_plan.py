@@ -5,7 +5,7 @@ import torch
 
 from audiokernels.backends import REFERENCE
 from audiokernels.wavenet_pack import WaveNetShape
-from audiokernels.wavenet_plan import Gpu, wavenet_generate_plan
+from audiokernels.wavenet_plan import Gpu, WaveNetPlan, wavenet_generate_plan
 
 GPUS = {
     "RTX 2080": Gpu((7, 5), 46, 65536),
@@ -13,9 +13,9 @@ GPUS = {
     "RTX 3090": Gpu((8, 6), 82, 101376),
     "L4": Gpu((8, 9), 58, 101376),
     "RTX 4090": Gpu((8, 9), 128, 101376),
-    "H100": Gpu((9, 0), 132, 232448),
-    "H200": Gpu((9, 0), 132, 232448),
-    "B200": Gpu((10, 0), 148, 232448),
+    "H100": Gpu((9, 0), 132, 232448, (15, 7)),
+    "H200": Gpu((9, 0), 132, 232448, (15, 7)),
+    "B200": Gpu((10, 0), 148, 232448, (17, 8)),
     "RTX 5090": Gpu((12, 0), 170, 101376),
 }
 STANDARD = {"residual": 64, "hidden": 64, "skip": 256, "head": 256, "n_class": 256}
@@ -30,16 +30,62 @@ def plan(name, batch=1, **sizes):
     return wavenet_generate_plan(shape_of(**sizes), batch, GPUS[name])
 
 
+def standard(name, batch=1, **sizes):
+    made = plan(name, batch, **sizes)
+    assert made.kernel == REFERENCE or made.shared_bytes <= GPUS[name].shared_memory
+    return made
+
+
 @pytest.mark.parametrize("name", GPUS)
 @pytest.mark.parametrize("batch", [1, 16, 1000])
 def test_every_gpu_has_a_plan_that_fits_it(name, batch):
-    made = plan(name, batch)
+    made = standard(name, batch)
     if GPUS[name].capability < (8, 0):
-        assert made == (REFERENCE, "sm_75 is older than sm_80", 0, 0, 0)
-        return
-    assert made.kernel == "cuda_general" and made.streams == (4 if batch == 1000 else 1)
-    assert made.blocks == -(-batch // made.streams)
-    assert 0 < made.shared_bytes <= GPUS[name].shared_memory
+        assert made == WaveNetPlan(REFERENCE, "sm_75 is older than sm_80")
+    elif GPUS[name].clusters[0]:
+        groups = 2 if batch == 1000 else 1
+        assert (made.kernel, made.cluster, made.streams) == ("cuda_cluster", (groups, 4, 4), 8 * groups)
+        assert made.blocks == 8 * -(-batch // made.streams) and made.to_ints() == [groups, 4, 4]
+    else:
+        assert made.kernel == "cuda_general" and made.streams == (4 if batch == 1000 else 1)
+        assert made.blocks == -(-batch // made.streams) and made.to_ints() == [made.streams, made.shared_bytes]
+        assert "do not fit this GPU" in made.why
+
+
+def test_what_a_cluster_takes():
+    """The documented set, and what is next to it."""
+    taken = [
+        ({}, (4, 4)),
+        ({"layers": 40}, (8, 8)),
+        ({"layers": 30}, (6, 8)),
+        ({"layers": 1}, (1, 7)),
+        ({"residual": 32, "hidden": 32}, (4, 4)),
+        ({"skip": 64, "head": 64, "n_class": 64}, (4, 4)),
+        ({"width": 3, "layers": 16}, (4, 4)),
+        ({"condition": 80, "hop": 200}, (4, 4)),
+        ({"dtype": torch.bfloat16}, (4, 4)),
+    ]
+    for sizes, layout in taken:
+        made = standard("H100", **sizes)
+        assert made.kernel == "cuda_cluster" and made.cluster == (1, *layout), (sizes, made)
+    refused = [
+        ({"dtype": torch.float32}, "neither float16"),
+        ({"dtype": torch.int8}, "neither float16"),
+        ({"residual": 128, "hidden": 128}, "32 or 64 residual"),
+        ({"residual": 64, "hidden": 32}, "32 or 64 residual"),
+        ({"width": 1}, "width of at least 2"),
+        ({"skip": 272}, "too many for a cluster"),
+        ({"n_class": 1024}, "too many for a cluster"),
+        ({"layers": 41}, "too many for a cluster"),
+    ]
+    for sizes, why in refused:
+        made = standard("H100", **sizes)
+        assert made.kernel == "cuda_general" and why in made.why, (sizes, made)
+
+
+def test_two_groups_share_a_cluster_once_the_gpu_is_full():
+    assert [standard("H100", batch).cluster[0] for batch in (1, 8, 120, 121, 240)] == [1, 1, 1, 2, 2]
+    assert standard("H100", 240).blocks == 120
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])

@@ -8,6 +8,7 @@ from audiokernels._packing import LANES, round_up
 
 SOURCE = """
 #include "wavenet_{kernel}_cuda.cu"
+{launch}
 CUDA_ON_HOST_EXPORT int generate(const int64_t* n, void** data, double temperature) {{
   using namespace audiokernels;
   WaveNetCall c{{}};
@@ -27,14 +28,22 @@ CUDA_ON_HOST_EXPORT int generate(const int64_t* n, void** data, double temperatu
   c.pack = (uint8_t*)data[0], c.state = (float*)data[1], c.uniforms = (float*)data[2], c.codes = data[3];
   c.frames = (float*)data[4], c.base = (float*)data[5], c.out = data[6], c.logits = (float*)data[7];
   c.temperature = float(temperature);
-  const int64_t streams = next(), shared = next();
-  return wavenet_{kernel}_cuda(c, streams, shared, nullptr);
+  const int plan[4] = {{int(next()), int(next()), int(next()), int(next())}};
+  return launch(c, plan);
 }}
 """
 
+LAUNCH = {
+    "general": "return audiokernels::wavenet_general_cuda(c, plan[0], plan[1], nullptr);",
+    "cluster": """
+      const audiokernels::WaveNetCluster k{plan[0], plan[1], plan[2]};
+      if (plan[3] != audiokernels::Places(c, k).bytes) return -1;
+      return audiokernels::wavenet_cluster_cuda(c, k, nullptr);""",
+}
+
 
 def on_host(kernel, plan, pack, state, uniforms, *, seed=0, edit=None, **options):
-    """The same as wavenet_generate; `plan` is (streams, shared_bytes); `edit` changes (this, to that) in the kernel."""
+    """The same as wavenet_generate; `plan` is that of the private op; `edit` changes (this, to that) in the kernel."""
     codes, condition = options.get("codes"), options.get("condition")
     shape, (batch, n) = pack.shape, uniforms.shape
     z_rows, layers = 2 * round_up(shape.hidden, LANES), len(shape.dilations)
@@ -48,7 +57,8 @@ def on_host(kernel, plan, pack, state, uniforms, *, seed=0, edit=None, **options
     numbers += [0, 0, 0, 0] if condition is None else [*condition.stride(), condition.shape[1]]
     tensors = [pack.data, state, uniforms, codes, condition, base, out, logits]
     pointers = torch.tensor([0 if t is None else t.data_ptr() for t in tensors])
-    source = SOURCE.format(kernel=kernel)
+    launch = f"static int launch(const audiokernels::WaveNetCall& c, const int* plan) {{ {LAUNCH[kernel]} }}"
+    source = SOURCE.format(kernel=kernel, launch=launch)
     if edit is not None:
         text = (CSRC / f"wavenet_{kernel}_cuda.cu").read_text()
         if edit[0] not in text:

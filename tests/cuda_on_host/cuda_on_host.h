@@ -536,6 +536,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   std::tuple<std::decay_t<Parameters>...> copies(arguments...);
   return cuda_on_host::last_error = cuda_on_host::run(*config, [kernel, &copies] { std::apply(kernel, copies); });
 }
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t*) {
+  *clusters = 1;
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_host::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t) { return cuda_on_host::error_text.c_str(); }
 template <class Kernel>

@@ -11,12 +11,15 @@ namespace host = cuda_on_host;
 
 inline char* dynamic_shared() { return reinterpret_cast<char*>(host::current->block->shared); }
 inline uint32_t shared_address(const void* p) { return host::address_of(p); }
+[[noreturn]] inline void trap() { host::fail("trap"); }
 inline uint64_t nanoseconds() { return host::launch_now->timer += 10; }
 inline uint32_t clock() { return uint32_t(host::launch_now->timer += 10); }
 
 // ---- arithmetic
 
-inline float tanh_approx(float x) { return std::tanh(x); }
+inline float tanh_approx(float x) {  // as far off as the instruction may be: 2^-11 of the value
+  return __uint_as_float(__float_as_uint(std::tanh(x)) & 0xfffff000u);
+}
 
 struct Float16 {};
 struct BFloat16 {};
@@ -81,6 +84,17 @@ inline uint4 load_matrix_x4_trans(uint32_t address) { return load_matrix<4, true
 inline uint2 load_matrix_x2_trans(uint32_t address) {
   const uint4 m = load_matrix<2, true>(address);
   return {m.x, m.y};
+}
+
+inline uint32_t pack(float low, float high, Float16) {
+  return __float2half_rn(low).bits | uint32_t(__float2half_rn(high).bits) << 16;
+}
+inline uint32_t pack(float low, float high, BFloat16) {
+  return __float2bfloat16_rn(low).bits | uint32_t(__float2bfloat16_rn(high).bits) << 16;
+}
+template <class Type>
+float half_of(uint32_t word, int high, Type type) {
+  return to_float(uint16_t(word >> 16 * high), type);
 }
 
 // ---- barriers of a block
