@@ -39,7 +39,7 @@ ModelFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL
 Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
-Kind = Literal["wavenet", "sample_transformer"]  # the names of GENERATORS
+Kind = Literal[tuple(GENERATORS)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
