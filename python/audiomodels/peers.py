@@ -127,7 +127,7 @@ class KeyValueRings:
         i = torch.arange(0, self.head, 2, device=device, dtype=torch.float64)
         position = torch.arange(self.position, self.position + n, device=device)
         angle = position[:, None] * 10000.0 ** (-i / self.head)
-        turns = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+        turns = torch.stack([angle.cos(), angle.sin()], -1).float()
         for t in range(n):
             slot, seen = self.position % self.window, min(self.position + 1, self.window)
             slot = torch.tensor([slot], device=device) if self.compiled else slot
@@ -137,12 +137,17 @@ class KeyValueRings:
             self.position += 1
         return torch.stack(codes, -1).view(batch, n)
 
+    def _turned(self, pairs: Tensor, turn: Tensor) -> Tensor:
+        if not self.compiled:
+            return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
+        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)  # torch.compile writes no code for complex numbers
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
+
     def _layers(self, x: Tensor, turn: Tensor, slot: int | Tensor, seen: int) -> Tensor:
         e, heads = self.n_embd, (self.n_head, self.head)
         for layer, ring in zip(self.layers, self.rings, strict=True):
             qkv = self.linear(F.layer_norm(x, (e,), *layer["norm1"]), *layer["qkv"])
-            qk = torch.view_as_complex(qkv[..., : 2 * e].unflatten(-1, (2, self.n_head, -1, 2))) * turn
-            q, k = torch.view_as_real(qk).flatten(-2).unbind(-3)
+            q, k = self._turned(qkv[..., : 2 * e].unflatten(-1, (2, self.n_head, -1, 2)), turn).flatten(-2).unbind(-3)
             new = torch.stack([k, qkv[..., 2 * e :].unflatten(-1, heads)])
             if isinstance(slot, int):
                 ring[..., slot, :] = new
