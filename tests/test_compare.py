@@ -18,7 +18,7 @@ from audiomodels.compare import CompareConfig, Comparison
 from audiomodels.compare_report import Line, verdict
 from audiomodels.compare_rows import PROTOCOLS
 from audiomodels.data import Recording, Recordings, voice_sides
-from audiomodels.train import evaluate
+from audiomodels.train import TrainingError, evaluate
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 from torch import nn
 
@@ -391,6 +391,25 @@ def test_calibration_fits_the_budget(corpus, tmp_path, monkeypatch):
     again = smoke(corpus, tmp_path, budget_hours=0.01, calibrate=True, targets=None)
     again.calibrate([("piano", "mulaw")])
     assert again.protocol.targets == comparison.protocol.targets  # the plan is kept
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(done, corpus, tmp_path, monkeypatch):
+    shutil.copytree(done / "data", tmp_path / "data")
+    comparison = smoke(corpus, tmp_path)
+
+    def train(self, row, data, out, seed, lr, steps):
+        out.mkdir(parents=True)
+        if lr > diverging:
+            raise TrainingError("not finite")
+        return None, None, [{"bits": 9 - lr}], 1.0
+
+    monkeypatch.setattr(Comparison, "train", train)
+    diverging = 2e-3
+    assert comparison.learning_rate("wavenet", "piano", "mulaw") == 1e-3
+    diverging = 0.0
+    assert comparison.learning_rate("wavenet", "piano", "mulaw") == 1e-3  # what was tried is kept
+    with pytest.raises(TrainingError, match="samplernn diverges at every learning rate"):
+        comparison.learning_rate("samplernn", "piano", "mulaw")
 
 
 def test_wrong_options(corpus, tmp_path):

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +28,7 @@ from audiomodels.compare_data import Data, load
 from audiomodels.compare_rows import LEARNING_RATES, PROTOCOLS, Row
 from audiomodels.compare_score import measured, model_units, position_bits, total, trivial_units
 from audiomodels.data import Crops
-from audiomodels.train import History, Scores, TrainConfig, cross_entropy, fit, predict
+from audiomodels.train import History, Scores, TrainConfig, TrainingError, cross_entropy, fit, predict
 
 logger = logging.getLogger(__name__)
 RESULT = "result.json"
@@ -94,6 +95,7 @@ class Comparison:
                 self.report()
 
     def runs(self) -> None:
+        """Every run that is missing, seed by seed, so that all rows are there for one seed before the next begins."""
         kinds = [(part, companding) for part in self.config.parts for companding in self.config.compandings]
         if self.config.calibrate:
             self.calibrate(kinds)
@@ -126,6 +128,7 @@ class Comparison:
         return self.loaded[1]
 
     def folder(self, part: str, companding: str) -> Path:
+        """Where the runs on one kind of data go."""
         return self.config.out / "runs" / f"{self.protocol.name}-{part}-{companding}"
 
     # --- one run ------------------------------------------------------------------------------------------------------
@@ -231,9 +234,7 @@ class Comparison:
             return scores
 
         torch.manual_seed(seed)
-        model = row.build().to(self.device)
-        if protocol.compiled and self.device != "cpu":
-            model = torch.compile(model)
+        model = self.compiled(row.build().to(self.device))
         crops = Crops(
             data.fraction(row.share), batch=config.batch, length=config.length, context=config.context, seed=seed
         )
@@ -245,7 +246,11 @@ class Comparison:
         curve = [{**points[s], "seconds": at.get(s, clock)} for s in sorted(points) if s <= steps]
         return model, history, curve, clock
 
-    def until_deadline(self, training: Any) -> History:
+    def compiled(self, model: nn.Module) -> nn.Module:
+        """The model as the protocol trains it."""
+        return torch.compile(model) if self.protocol.compiled and self.device != "cpu" else model
+
+    def until_deadline(self, training: Callable[[Callable[[int, float], None]], History]) -> History:
         """Run training(on_step); once the budget is spent it is asked to stop, saves, and OutOfTime is raised."""
         self.check_time()
         asked = False
@@ -264,6 +269,7 @@ class Comparison:
             raise OutOfTime from None
 
     def check_time(self) -> None:
+        """Raise OutOfTime once the budget is spent."""
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise OutOfTime
 
@@ -279,11 +285,18 @@ class Comparison:
             if f"{lr:g}" not in tried:
                 out, data = path.parent / f"lr-{family}-{self.targets}-{lr:g}", self.load(part, companding)
                 print(f"{part} {companding}: {row.title}, learning rate {lr:g} on a tenth of the targets", flush=True)
-                _, _, curve, _ = self.train(row, data, out, 0, lr, max(1, self.steps // 10))
-                tried[f"{lr:g}"] = curve[-1]["bits"]
+                try:
+                    _, _, curve, _ = self.train(row, data, out, 0, lr, max(1, self.steps // 10))
+                    tried[f"{lr:g}"] = curve[-1]["bits"]
+                except TrainingError as error:
+                    print(f"learning rate {lr:g}: {error}")
+                    tried[f"{lr:g}"] = None
                 write(path, known)
                 shutil.rmtree(out)
-        return float(min(tried, key=lambda lr: tried[lr]))
+        ended = {lr: bits for lr, bits in tried.items() if bits is not None}
+        if not ended:
+            raise TrainingError(f"{row.name} diverges at every learning rate of {', '.join(tried)}")
+        return float(min(ended, key=lambda lr: ended[lr]))
 
     def trivial(self, part: str, companding: str) -> None:
         """Score the trivial predictors, once."""
@@ -307,7 +320,7 @@ class Comparison:
         protocol = self.protocol
         torch.manual_seed(0)
         model = row.build().to(self.device)
-        n_class = model.config.n_class
+        training, n_class = self.compiled(model), model.config.n_class
         codes = torch.randint(
             0, n_class, (protocol.batch, row.context(protocol) + protocol.length + 1), device=self.device
         )
@@ -315,7 +328,7 @@ class Comparison:
 
         def forward() -> torch.Tensor:
             with torch.autocast(self.device, torch.bfloat16, enabled=protocol.precision == "bf16"):
-                logits = predict(model, codes[:, :-1], targets, {})
+                logits = predict(training, codes[:, :-1], targets, {})
             return cross_entropy(model, logits.float(), targets)
 
         def generating(n: int) -> float:
@@ -333,15 +346,20 @@ class Comparison:
             "sample_ms": (generating(3 * n) - generating(n)) / (2 * n),  # the difference leaves out packing the weights
         }
 
-    def median_ms(self, call: Any, rounds: int) -> float:
+    def median_ms(self, call: Callable[[], Any], rounds: int) -> float:
+        """Median time of a call, in ms."""
         times = []
         for _ in range(1 + rounds):  # the first warms up
             began = time.perf_counter()
             call()
-            if self.device != "cpu":
-                torch.cuda.synchronize()
+            self.wait()
             times.append(1000 * (time.perf_counter() - began))
         return sorted(times[1:])[rounds // 2]
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
 
     def calibrate(self, kinds: list[tuple[str, str]]) -> None:
         """Set the targets so that one seed of all rows, with the choice of learning rates, takes 85 % of the budget.
@@ -365,8 +383,7 @@ class Comparison:
     def seconds_per_target(self, row: Row, seconds: float = 5.0) -> float:
         """Training time of a target, from `seconds` of training on random codes; compiling comes before them."""
         protocol = self.protocol
-        model = row.build().to(self.device)
-        model = torch.compile(model) if protocol.compiled and self.device != "cpu" else model
+        model = self.compiled(row.build().to(self.device))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
         shape = protocol.batch, row.context(protocol) + protocol.length + 1
         codes = torch.randint(0, 256, shape, device=self.device)
@@ -381,11 +398,11 @@ class Comparison:
             return time.perf_counter()
 
         step()
-        self.median_ms(lambda: None, 1)  # waits for the device
+        self.wait()
         began, steps = time.perf_counter(), 0
         while step() - began < seconds:
             steps += 1
-        self.median_ms(lambda: None, 1)
+        self.wait()
         return (time.perf_counter() - began) / (max(1, steps) * targets.numel())
 
     def environment(self) -> dict[str, Any]:
@@ -426,6 +443,8 @@ def write(path: Path, value: Any) -> None:
 @lru_cache(maxsize=1)
 def commit() -> str:
     """The commit of this checkout, "+" where files differ from it; "" where this is no checkout."""
+    if shutil.which("git") is None:
+        return ""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
