@@ -9,9 +9,10 @@ from audiomodels import simclr
 from audiomodels.cnn import CNN, CNNConfig
 from audiomodels.data import Crops
 from audiomodels.encoders import Encoder, VGGEncoder
-from audiomodels.probe import ProbeScore, Split, features_of, linear_probe
+from audiomodels.probe import GRID, ProbeScore, Split, features_of, linear_probe
 from audiomodels.simclr import SimCLR, SimCLRConfig, Views, contrast, nt_xent
 from audiomodels.train import Objective, TrainConfig, fit
+from sklearn.linear_model import LogisticRegression
 from sounds import RATE, recordings
 
 CONFIG = SimCLRConfig(n_mel=40, n_projection=16, sample_rate=RATE)
@@ -243,6 +244,23 @@ def test_probe_on_what_is_known():
     chance = clusters(300, rng, 1.0)
     none = linear_probe(*(Split(torch.randn(len(chance.labels), 4), chance.labels) for _ in range(3)), shots=[None])
     assert abs(none[0].test - 1 / 3) < 0.12
+
+
+def test_dev_chooses_the_regularisation():
+    """As a loop over scikit-learn's own; test has no say."""
+    rng = np.random.default_rng(1)
+    train, dev, test = (clusters(n, rng, 1.3, dim=20) for n in (45, 200, 200))
+    score = linear_probe(train, dev, test, shots=[None])[0]
+    mean, std = train.features.mean(0), train.features.std(0, correction=0)
+    x, x_dev, x_test = (((split.features - mean) / std).double() for split in (train, dev, test))
+    fits = {c: LogisticRegression(C=c, max_iter=500).fit(x, train.labels) for c in GRID}
+    found = {c: fit.score(x_dev, dev.labels) for c, fit in fits.items()}
+    best = min(c for c in GRID if found[c] == max(found.values()))
+    assert len(set(found.values())) > 2 and best not in (GRID[0], GRID[-1])
+    assert score.strengths == (best,) and score.dev == found[best]
+    assert score.test == fits[best].score(x_test, test.labels)
+    other = linear_probe(train, dev, Split(test.features, test.labels.roll(1)), shots=[None])[0]
+    assert other.strengths == (best,) and other.test != score.test
 
 
 def test_probe_of_several_labels():

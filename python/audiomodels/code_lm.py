@@ -240,10 +240,11 @@ class CodeLM(nn.Module, Pretrained):
             progress: show a bar.
             options: condition, temperature, seed, batch: see `stream`, whose blocks these codes are.
         """
-        blocks = [torch.empty(options.get("batch", 1), 0, dtype=code_dtype(self.config.n_class))]
+        dtype, device = code_dtype(self.config.n_class), self.head.weight.device
+        blocks = [torch.empty(options.get("batch", 1), 0, dtype=dtype, device=device)]
         with require("tqdm").tqdm(total=n, unit="code", disable=not progress) as bar:
             for block in self.stream(n, prompt, **options):
-                blocks.append(block.to(blocks[0]))
+                blocks.append(block)
                 bar.update(block.shape[1])
         return torch.cat(blocks, dim=1)
 

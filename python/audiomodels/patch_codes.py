@@ -161,7 +161,8 @@ class PatchCodes(nn.Module, Pretrained):
     @torch.no_grad()
     def fit_codes(self, recordings: Recordings, *, seed: int = 0) -> None:
         """k-means over the bottlenecks of all of `recordings`; a recording shorter than a patch is left out."""
-        rows = [self.encoder(self.patches(audio)).flatten(0, 2) for audio in _sounds(recordings, self.hop)]
+        device = self.codebook.device
+        rows = [self.encoder(self.patches(audio.to(device))).flatten(0, 2) for audio in _sounds(recordings, self.hop)]
         if not rows:
             raise ValueError(f"recordings must hold at least one patch, {self.hop} samples, in one piece")
         self.codebook.copy_(cb.fit_codebook(torch.cat(rows), self.config.n_code, seed=seed))

@@ -101,7 +101,7 @@ def train_units(recordings: Recordings, training: UnitTraining) -> Textless:
     lm, length = CodeLM(config), max(1, min(128, max(len(stream.codes) for stream in units)))
     run = training.run("lm", length=length, context=min(128, config.window))
     fit(lm, Crops(units, batch=run.batch, length=length, context=run.context, seed=run.seed), run)
-    lm.eval().save_pretrained(training.out / "lm")
+    lm.cpu().eval().save_pretrained(training.out / "lm")
 
     if training.decoder == "griffin-lim":
         return Textless(coder, lm, durations, coder)
@@ -114,7 +114,7 @@ def train_units(recordings: Recordings, training: UnitTraining) -> Textless:
     run = training.run("decoder", length=length, context=context)
     crops = ConditionedCrops(data, coder.hop, batch=run.batch, length=length, context=context, seed=run.seed)
     fit(wavenet, crops, run)
-    wavenet.eval().save_pretrained(training.out / "decoder")
+    wavenet.cpu().eval().save_pretrained(training.out / "decoder")
     return Textless(coder, lm, durations, UnitWaveNet(wavenet))
 
 
@@ -133,7 +133,7 @@ def _coder(recordings: Recordings, training: UnitTraining) -> Coder:
             raise ValueError(f"patches.n_band must be 1: a unit is a whole frame; got {config.n_band}")
         coder, length = PatchCodes(config), 16 * config.patch_hop
         patch_codes.learn(coder, recordings, training.run("coder", length=length, lr=2e-3))
-    coder.eval().save_pretrained(training.out / "coder")
+    coder.cpu().eval().save_pretrained(training.out / "coder")
     return coder
 
 

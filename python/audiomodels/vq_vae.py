@@ -216,17 +216,15 @@ def prior_config(model: VQVAE, level: int, sizes: CodeLMConfig) -> CodeLMConfig:
 
 def train_prior(model: VQVAE, level: int, recordings: Recordings, sizes: CodeLMConfig, training: TrainConfig) -> CodeLM:
     """A CodeLM of a level's codes, trained on `recordings` of sound; training.length and context count its codes."""
-    prior, ratio = CodeLM(prior_config(model, level, sizes)), 1
-    rows = []
+    prior = CodeLM(prior_config(model, level, sizes))
+    here, above, rows = model.levels[level], model.levels[min(level + 1, len(model.levels) - 1)], []
     for recording in recordings:
         audio = quantize.decode(recording.codes, recordings.companding, recordings.n_class)[None]
-        above = model.levels[min(level + 1, len(model.levels) - 1)]
-        ratio = above.hop // model.levels[level].hop
-        row = replace(recording, codes=model.levels[level].encode(audio)[0], condition=above.encode(audio)[0])
-        rows.append(row)
+        codes, condition = (one.encode(audio.to(one.codebook.device))[0].cpu() for one in (here, above))
+        rows.append(replace(recording, codes=codes, condition=condition))
     streams = Recordings(rows, sample_rate=1, companding="codes", n_class=model.config.n_code)
     options = {"batch": training.batch, "length": training.length, "context": training.context}
-    crops = ConditionedCrops(streams, ratio, **options, seed=training.seed)
+    crops = ConditionedCrops(streams, above.hop // here.hop, **options, seed=training.seed)
     fit(prior, crops if prior.condition is not None else lambda step: crops(step)[0], training)
     return prior.eval()
 
