@@ -9,7 +9,7 @@ tensor, twice for forward + backward. The ratio is our rate as a share of copy_'
 On the CPU freed memory is kept for the next result: the page faults of fresh memory take more time than a copy ("copy
 into new memory", limits). There the op and copy_ also run on two threads.
 
-Not timed: haar_pool_ (see explain). --full adds the linear plan in causal mode.
+Not timed: haar_pool_ (see explain). --full adds the linear plan in causal mode; --size keeps one size.
 """
 
 import argparse
@@ -200,10 +200,13 @@ def limits(clock: common.Clock, arguments: argparse.Namespace) -> list[common.Ro
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--full", action="store_true", help="the linear plan in causal mode too")
+    parser.add_argument("--size", metavar="BxTxD", help="only this one, such as 64x1600x64")
     arguments = parser.parse_args()
     clock = common.begin(arguments)
     rows = limits(clock, arguments)
     for case in cases(arguments.device, arguments.quick, arguments.full):
+        if arguments.size not in (None, "x".join(map(str, case.shape))):
+            continue
         for threads in (1, 2) if arguments.device == "cpu" else (1,):
             rows += measure(case, threads, arguments)
     common.finish(NAME, rows, arguments)

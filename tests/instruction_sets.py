@@ -14,6 +14,11 @@ def instruction_sets(op: str) -> list[str]:
     return C.supported_isas() if implementation(op, "cpu").startswith("C++") else UNCOMPILED
 
 
+def distinct_instruction_sets(op: str) -> list[str]:
+    """The same for an op without products of integers or bfloat16: what extends AVX-512 changes nothing there."""
+    return [name for name in instruction_sets(op) if not name.startswith("avx512_")]
+
+
 @contextmanager
 def in_use(name: str) -> Iterator[str]:
     """Within the block the CPU kernels are those of that instruction set; "reference" and "cuda" change nothing."""

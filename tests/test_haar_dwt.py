@@ -1,5 +1,6 @@
 """haar_dwt and haar_idwt: PyWavelets' values, inverses and transposes of each other, padding, torch's machinery."""
 
+import functools
 import importlib
 import math
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instruction_sets import UNCOMPILED, in_use, instruction_sets
+from instruction_sets import UNCOMPILED, distinct_instruction_sets, in_use
 
 from audiokernels import explain, haar_dwt, haar_idwt, haar_pool
 from audiokernels._library import C
@@ -18,7 +19,7 @@ DWT = torch.ops.audiokernels.haar_dwt.default
 IDWT = torch.ops.audiokernels.haar_idwt.default
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-ISAS = instruction_sets("haar_dwt")
+ISAS = distinct_instruction_sets("haar_dwt")
 COMPILED = ISAS != UNCOMPILED
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -39,6 +40,7 @@ def make(case, dtype=torch.float32, device="cpu", seed=0):
     return torch.randn(case[:3], generator=generator, dtype=torch.float64).to(device, dtype)
 
 
+@functools.cache
 def matrix(length, n_levels):
     """The packed transform as an orthonormal float64 (length, length), by the definition of the Haar functions."""
     rows = [(n_levels, k, 1.0) for k in range(length >> n_levels)]  # sums, then differences from slow to fast

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instruction_sets import UNCOMPILED, in_use, instruction_sets
+from instruction_sets import UNCOMPILED, distinct_instruction_sets, in_use
 
 from audiokernels import explain, haar_levels, haar_pool, haar_pool_state, haar_pool_update
 from audiokernels._library import C
@@ -17,7 +17,7 @@ from audiokernels.haar_levels import level_runs
 OP = torch.ops.audiokernels.haar_pool_update.default
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-ISAS = instruction_sets("haar_pool_update")
+ISAS = distinct_instruction_sets("haar_pool_update")
 COMPILED = ISAS != UNCOMPILED
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
