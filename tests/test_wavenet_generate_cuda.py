@@ -245,11 +245,11 @@ def test_cluster_kernel_survives_what_is_out_of_range():
 @host
 @pytest.mark.slow
 def test_cluster_kernel_of_the_standard_model():
-    """20 layers, 64 channels, 256 skip: the layout of an H100, two groups in flight, over a whole cluster."""
+    """20 layers, 64 channels, 256 skip: the layout of an H100, two groups in flight; no ring but the shortest wraps."""
     dilations = [2**i for i in range(10)] * 2
     weights = weights_of(20, residual=64, hidden=64, skip=256, head=256, n_class=256)
     pack = wavenet_pack(weights, dilations, dtype=torch.float16)
-    uniforms = philox_uniform(1, 16, 40)
+    uniforms = philox_uniform(1, 16, 8)
     codes, logits = cluster(pack, wavenet_state(pack, 16), uniforms, (2, 4, 4), return_logits=True, seed=2)
     expected = full_logits(weights, dilations, codes)
     assert rms(logits - expected) < 1e-3 * rms(expected)
@@ -359,7 +359,7 @@ def skip_without(kernel):
 def test_cuda_teacher_forced_logits(kernel, dtype, condition):
     """Over more than two receptive fields, against float64 on the unrounded weights; draws on the reference's edges."""
     skip_without(kernel)
-    weights = weights_of(20, condition=condition, **STANDARD)
+    weights = weights_of(20, gain=1.0, condition=condition, **STANDARD)
     pack = wavenet_pack(weights, DILATIONS, dtype=dtype, hop=50).to("cuda")
     batch, n = 3, 2 * 2047 + 106
     uniforms = philox_uniform(1, batch, n)
@@ -373,7 +373,7 @@ def test_cuda_teacher_forced_logits(kernel, dtype, condition):
     codes, logits = codes.cpu(), logits.cpu()
     assert rms(logits - expected) < (1e-5 if dtype == torch.float32 else 1e-3) * rms(expected)
     differ, off_edge = differing_draws(logits, expected, uniforms, codes)
-    assert off_edge == 0 and differ < 0.01 * batch * n
+    assert off_edge == 0 and differ < 0.01 * batch * n  # more where the logits' spread is larger
     assert len(codes.unique()) > 200
 
 
