@@ -92,7 +92,7 @@ def wavenet_generate(
         (batch, n, n_class), the logits from which codes[:, t] was drawn.
         On one kernel the codes do not depend on chunking, batch position or threads; on the CPU in all but bfloat16
         not on the instruction set either. On a GPU the call returns before they are drawn, and numbers out of range in
-        uniforms, codes or the state, which are errors on the CPU, count as the nearest that are in it.
+        uniforms, codes or the state, which are errors on the CPU, give codes that mean nothing.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came; the state is unchanged then.

@@ -2,7 +2,7 @@
 
 cuda_cluster: clusters of 2 to 16 blocks keep all weights in registers and shared memory and run 8 or 16 streams each.
 It takes float16 and bfloat16 packs of 32 or 64 residual channels with as many hidden ones, width 2 or 3, up to 40
-layers (16 of width 3 and 64 channels), 64 to 256 skip and head channels and classes; compute capability 9 and 10.
+layers (32 of width 3 and 64 channels), 64 to 256 skip and head channels and classes; compute capability 9 and 10.
 cuda_general: a block takes one or four streams and reads all weights from L2 for each sample; any sizes whose
 activations fit the shared memory of a block, sm_80 and later.
 """
@@ -20,6 +20,7 @@ THREADS = 512  # of a block of the general kernel
 MOST_LAYERS = 256  # dilations travel with the launch
 STREAMS = 8  # of a group: the columns of one matrix product
 LOCAL_LAYERS = 5  # of a block of a cluster
+MOST_TILES = 6  # of 16 rows of skip, head or classes, of a block of a cluster
 
 
 class Gpu(NamedTuple):
@@ -89,17 +90,16 @@ def cluster_layout(shape: WaveNetShape, batch: int, gpu: Gpu) -> tuple[tuple[int
     while local > 1 and layer_bytes(shape, 1, local) > gpu.shared_memory:
         local -= 1
     layer_blocks = -(-len(shape.dilations) // local)
-    size = 8 if layer_blocks <= 5 and len(shape.dilations) <= 20 else 16
-    head_blocks = min(size - layer_blocks, 8, min(rows) // LANES)
-    resident = gpu.clusters[size == 16]
-    if max(rows) > 256 or layer_blocks > 8 or 2 * -(-max(rows) // LANES // max(1, head_blocks)) > 12:
+    if max(rows) > 256 or layer_blocks > 8:
         return (), "the layers, or the rows of skip, head and classes, are too many for a cluster"
-    if resident == 0:
-        return (), f"clusters of {size} blocks do not fit this GPU"
-    for groups in (2, 1) if batch > STREAMS * resident else (1,):
-        if cluster_bytes(shape, groups, layer_blocks, head_blocks) <= gpu.shared_memory:
-            return (groups, layer_blocks, head_blocks), ""
-    return (), "a block of a cluster has too little shared memory for its weights"
+    for size, resident in zip((8, 16), gpu.clusters, strict=True):
+        head_blocks = min(size - layer_blocks, 8, min(rows) // LANES)
+        if resident == 0 or head_blocks < 1 or -(-max(rows) // LANES // head_blocks) > MOST_TILES:
+            continue
+        for groups in (2, 1) if batch > STREAMS * resident else (1,):
+            if cluster_bytes(shape, groups, layer_blocks, head_blocks) <= gpu.shared_memory:
+                return (groups, layer_blocks, head_blocks), ""
+    return (), "a block of a cluster has too little shared memory for its weights, or too many rows"
 
 
 def cluster_bytes(shape: WaveNetShape, groups: int, layer_blocks: int, head_blocks: int) -> int:

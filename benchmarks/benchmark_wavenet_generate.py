@@ -8,16 +8,23 @@ Sides: wavenet_generate with float32, bfloat16 and int8 packs; eager ring buffer
 same batch and run. Limits in the same table: reading the pack once a sample (batch 1), torch.mm, a large copy. The
 ring-buffer peer is itself checked against the figures known of it elsewhere, in units of torch.mm and of torch.mv.
 
+On a GPU the sides are float16 and bfloat16 (clusters, where the GPU has them), float32 and int8 (the general kernel),
+and the ring buffers of wavenet_peers.py in float16: eager, in a CUDA graph, compiled and in a CUDA graph; with and
+without condition, 20 and 40 layers. The stages of a step are found by difference: between numbers of layers, and
+between drawn and known codes. The note of a row holds the clock of the multiprocessors while it ran.
+
 torch.compile of the ring-buffer step is no side of the CPU table: tried on torch 2.13, it took minutes to compile and
 then ran 0.9 to 1.1 times as fast as eager (with the position as an integer, it is compiled again and again).
 """
 
 import argparse
 import os
+import subprocess
 from collections.abc import Callable
 
 import common
 import torch
+import wavenet_peers
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,8 +33,13 @@ from audiokernels.backends import REFERENCE
 from audiokernels.wavenet_generate import wavenet_generate_ref
 
 DILATIONS = [2**i for i in range(10)] * 2
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-BOUNDS = {"float32": 1e-5, "bfloat16": 0.03, "int8": 0.06}  # of the largest logit, against the float32 reference
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+BOUNDS = {
+    "float32": 1e-5,
+    "float16": 0.004,
+    "bfloat16": 0.03,
+    "int8": 0.06,
+}  # of the largest logit, to the reference
 EDGE = 2.0**-14  # a draw may differ where the uniform number lies this close to an edge of the CDF
 TARGETS = {  # (batch, dtype): floor and goal, multiples of the eager ring buffers on one core
     (1, "float32"): (7, 8),
@@ -37,6 +49,8 @@ TARGETS = {  # (batch, dtype): floor and goal, multiples of the eager ring buffe
     (16, "float32"): (4, 4),
     (16, "bfloat16"): (8, 8),
 }
+GPU_TARGETS = {1: (176e3, 230e3), 16: (2.5e6, 3.5e6), 256: (25e6, 45e6)}  # samples/s on an H100, float16
+GRAPH = "PyTorch, CUDA graph"
 CONDITION_CHANNELS, CONDITION_HOP = 80, 200
 FLOP = 2 * 868_352  # of one sample, as the figures below count them
 # The peer's samples/s on one core of a Zen 5 server, where torch.mm did 100 GFLOP/s and torch.mv took 1.0 us.
@@ -44,9 +58,9 @@ KNOWN_RATES, KNOWN_MM, KNOWN_MV = {1: 3505, 4: 9400, 16: 22_000}, 100e9, 1.0e-6
 RING, RECOMPUTE = "eager ring buffers", "eager recomputation"
 
 
-def standard_weights(condition: int = 0) -> dict[str, Tensor]:
+def standard_weights(condition: int = 0, n: int = len(DILATIONS)) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
-    n, r, s, d, a = len(DILATIONS), 64, 256, 256, 256
+    r, s, d, a = 64, 256, 256, 256
 
     def rn(*shape: int, scale: float) -> Tensor:
         return scale * torch.randn(*shape, generator=g)
@@ -80,7 +94,7 @@ class Bench:
         self.rounds, self.seconds = (2, 0.01) if self.quick else (9, 0.2)
         told = self.explain(self.packs["float32"])
         slow = told.kernel == REFERENCE
-        self.n = 16 if self.quick or slow else 512  # samples a call
+        self.n = 16 if self.quick or slow else 512 if self.device == "cpu" else 4096  # samples a call
         if slow:
             print(f"wavenet_generate on {self.device} takes the {told.kernel}: {told.why}")
         self.peers = common.optional("audiomodels.peers")
@@ -194,6 +208,72 @@ class Bench:
             rows.append(row)
         return rows
 
+    # ---- on a GPU
+
+    def gpu(self) -> list[common.Row]:
+        rows = []
+        for batch in (1, 16) if self.quick else (1, 16, 256):
+            for condition in (False, True):
+                rows += self.gpu_batch(batch, condition)
+        return rows + self.gpu_stages()
+
+    def gpu_batch(self, batch: int, conditioned: bool) -> list[common.Row]:
+        weights = standard_weights(CONDITION_CHANNELS if conditioned else 0)
+        packs = self.pack(weights, hop=CONDITION_HOP if conditioned else 1)
+        frames = torch.randn(batch, -(-self.n // CONDITION_HOP), CONDITION_CHANNELS, device=self.device)
+        sides = {name: self.kernel(pack, batch, frames if conditioned else None) for name, pack in packs.items()}
+        work = dict.fromkeys(sides, batch * self.n)
+        for name, step in self.gpu_peers(weights, batch, conditioned).items():
+            sides[name], work[name] = step, batch
+        times = common.interleave(sides, self.clock, rounds=self.rounds, seconds=self.seconds)
+        case = f"GPU, batch {batch}, condition {'on' if conditioned else 'off'}"
+        rows = []
+        for name, timing in times.items():
+            ours = name in DTYPES
+            row = common.rate_row(case, "wavenet_generate" if ours else name, timing, work[name], "samples/s",
+                                  dtype=name if ours else "float16", batch=batch)  # fmt: skip
+            if ours:
+                row.note = f"{self.explain(packs[name], batch).kernel}; {sm_clock(sides[name])}"
+            if name != GRAPH:
+                row.ratio, row.ratio_to = row.median / (batch / times[GRAPH].median), GRAPH
+            if name == "float16" and batch in GPU_TARGETS:
+                floor, goal = GPU_TARGETS[batch]
+                row.note += f"; on an H100: floor {floor:,.0f}, goal {goal:,.0f}"
+            rows.append(row)
+        return rows
+
+    def gpu_peers(self, weights: dict[str, Tensor], batch: int, conditioned: bool) -> dict[str, Callable[[], object]]:
+        """One step a call."""
+        half = {name: tensor.to(self.device, torch.float16) for name, tensor in weights.items()}
+        steps = [wavenet_peers.RingStep(half, DILATIONS, batch) for _ in range(3)]
+        for step in steps:
+            step.uniform.copy_(self.uniforms(batch, 1))
+            if conditioned:
+                step.condition = torch.randn(len(DILATIONS), batch, 128, device=self.device).half()
+        made = {"PyTorch, eager": steps[0], GRAPH: wavenet_peers.captured(steps[1], compiled=False)}
+        if not self.quick:
+            made["PyTorch, compiled, CUDA graph"] = wavenet_peers.captured(steps[2], compiled=True)
+        return made
+
+    def gpu_stages(self) -> list[common.Row]:
+        """Microseconds of a step of one stream: layers, the draw, and the rest; and 40 layers over 20."""
+        packs = {
+            n: wavenet_pack(standard_weights(n=n), (DILATIONS * 2)[:n], dtype=torch.float16).to(self.device)
+            for n in (10, 20, 40)
+        }
+        sides = {f"{n} layers": self.kernel(pack, 1) for n, pack in packs.items()}
+        state, uniforms = wavenet_state(packs[20], 1), self.uniforms(1, self.n)
+        known = torch.randint(256, (1, self.n), device=self.device)
+        sides["20 layers, known codes"] = lambda: wavenet_generate(packs[20], state, uniforms, codes=known)
+        times = common.interleave(sides, self.clock, rounds=self.rounds, seconds=self.seconds)
+        us = {name: 1e6 * timing.median / self.n for name, timing in times.items()}
+        layer, draw = (us["20 layers"] - us["10 layers"]) / 10, us["20 layers"] - us["20 layers, known codes"]
+        parts = {**us, "a layer": layer, "the draw": draw, "the rest of 20 layers": us["20 layers"] - 20 * layer - draw}
+        rows = [common.Row("GPU, stages of a step, batch 1", name, "us", value, dtype="float16", batch=1,
+                           clock=self.clock.name) for name, value in parts.items()]  # fmt: skip
+        rows[2].ratio, rows[2].ratio_to = us["40 layers"] / us["20 layers"], "20 layers; at most 2.2"
+        return rows
+
     def training(self) -> list[common.Row]:
         """Targets a second trained by audiomodels.WaveNet with Adam, each with its full receptive field before it."""
         if not self.models:
@@ -274,6 +354,19 @@ def reference_logits(pack: WaveNetPack, uniforms: Tensor, codes: Tensor) -> Tens
     return wavenet_generate_ref(pack.data, pack.shape.to_ints(), state, uniforms, codes, None, 1.0, True)[1]
 
 
+def sm_clock(call: Callable[[], object]) -> str:
+    """The clock of the multiprocessors while `call` runs, as nvidia-smi tells it."""
+    for _ in range(20):
+        call()
+    query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.split("\n")[0]
+    except (OSError, subprocess.TimeoutExpired):
+        found = ""
+    torch.cuda.synchronize()
+    return f"SM clock {found or 'unknown'}"
+
+
 def main() -> None:
     arguments = common.parser(__doc__).parse_args()
     bench = Bench(arguments, common.begin(arguments))
@@ -285,6 +378,8 @@ def main() -> None:
             rows += bench.batch(batch, model)
         if arguments.device == "cpu":
             rows += bench.batch(16, None, threads=2)
+        if arguments.device == "cuda":
+            rows += bench.gpu()
         rows += bench.conditioned(1)
         if not arguments.quick:
             rows += bench.conditioned(16)

@@ -20,11 +20,10 @@ namespace {
 
 constexpr int kThreads = 384, kWarps = kThreads / 32;
 constexpr int kStreams = 8;
-constexpr int kMostLocal = 5;                      // layers of a block
-constexpr int kTileBytes = 512;                    // 16 x 16 weights as the lanes hold them
-constexpr int kMostTiles = 16;                     // rows of skip, head and output
-constexpr int kLogitStride = kStreams + 2;         // floats a class; spreads the lanes over the banks
-constexpr uint64_t kPatience = 20'000'000'000ull;  // nanoseconds: a wait this long is for a block that failed
+constexpr int kMostLocal = 5;               // layers of a block
+constexpr int kTileBytes = 512;             // 16 x 16 weights as the lanes hold them
+constexpr int kMostTiles = 16;              // rows of skip, head and output
+constexpr int kLogitStride = kStreams + 2;  // floats a class; spreads the lanes over the banks
 
 __host__ __device__ constexpr int padded(int n, int to) { return (n + to - 1) / to * to; }
 
@@ -76,6 +75,7 @@ struct Places {
 // Ends when the phase of that parity has; a wait for a block that failed ends the launch with an error.
 __device__ inline void wait(uint32_t bar, int64_t phase) {
   if (ptx::mbarrier_try_wait(bar, uint32_t(phase & 1))) return;
+  constexpr uint64_t kPatience = 20'000'000'000ull;
   const uint64_t start = ptx::nanoseconds();
   while (!ptx::mbarrier_try_wait(bar, uint32_t(phase & 1)))
     if (ptx::nanoseconds() - start > kPatience) ptx::trap();

@@ -20,6 +20,7 @@ BENCHMARKS = ROOT / "benchmarks"
 NAMES = sorted(path.stem.removeprefix("benchmark_") for path in BENCHMARKS.glob("benchmark_*.py"))
 sys.path.insert(0, str(BENCHMARKS))
 import common  # noqa: E402
+import wavenet_peers  # noqa: E402
 from benchmark_wavenet_generate import DILATIONS, standard_weights  # noqa: E402
 
 
@@ -362,3 +363,15 @@ def test_on_gpu_says_what_is_missing(gpu_machine):
     python.write_text("#!/bin/sh\nexit 1\n")
     result, _ = gpu_machine()
     assert result.returncode == 2 and "cannot import torch" in result.stderr
+
+
+def test_the_peer_for_gpus_draws_what_the_kernel_draws():
+    """Its step, on the CPU in float32: the same codes, or on an edge."""
+    weights, uniforms = standard_weights(), philox_uniform(3, 2, 30)
+    step, drawn = wavenet_peers.RingStep(weights, DILATIONS, 2), []
+    for t in range(30):
+        step.uniform.copy_(uniforms[:, t : t + 1])
+        drawn.append(step().clone())
+    pack = wavenet_pack(weights, DILATIONS)
+    codes, logits = wavenet_generate(pack, wavenet_state(pack, 2), uniforms, return_logits=True)
+    assert off_edge(codes, torch.stack(drawn, 1), logits, uniforms) <= 2.0**-14

@@ -175,3 +175,16 @@ def test_environment_is_checked():
     assert result.returncode != 0 and "AUDIOKERNELS_CUDA must be 0, 1 or auto, got 'yes'" in result.stderr
     result = run(sys.executable, ROOT / "setup.py", "--version", AUDIOKERNELS_CUDA="1", PATH="/nowhere", CXX=None)
     assert result.returncode != 0 and "AUDIOKERNELS_CUDA=1, but no C++ compiler was found" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", ["80", "90a", "100", "120"])
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").glob("*_cuda.cu")), ids=lambda path: path.stem)
+def test_cuda_kernels_spill_no_registers(path, arch, tmp_path):
+    target = ["-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", "-o", tmp_path / "x.cubin"]
+    done = subprocess.run(["nvcc", "-std=c++17", "-O3", *target, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert spills and set(spills) == {("0", "0")}, done.stderr

@@ -543,6 +543,20 @@ def csrc_has_one_door_to_torch_and_closed_rooms(files):
 
 
 @rule(
+    ("inline PTX", {"csrc/x_cuda.cu": 'asm volatile("trap;");'}),
+    ("shared memory", {"csrc/x_cuda.cu": "__shared__ float x[32];"}),
+    ("launch", {"csrc/x_cuda.cu": "kernel<<<1, 32>>>(x);"}),
+)
+def device_code_runs_on_the_host_too(files):
+    """tests/cuda_on_host has twins for what csrc/ptx.h holds, and for nothing else."""
+    kinds = {"inline PTX": r"\basm\b", "shared memory": "__shared__", "launch": "<<<"}
+    for path, text in cpp(files):
+        if path != "csrc/ptx.h":
+            for kind, pattern in kinds.items():
+                yield from (f"{path}:{line}: {kind}: go through csrc/ptx.h" for line, _ in lines(pattern, text))
+
+
+@rule(
     ("std::vector", {"csrc/x_simd.cpp": "std::vector<float> v;"}),
     ("#include <algorithm>", {"csrc/x_simd.cpp": "#include <algorithm>"}),
     ("not in the namespace", {"csrc/x_simd.cpp": "namespace audiokernels { void f() {} }"}),

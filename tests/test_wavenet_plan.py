@@ -62,6 +62,7 @@ def test_what_a_cluster_takes():
         ({"residual": 32, "hidden": 32}, (4, 4)),
         ({"skip": 64, "head": 64, "n_class": 64}, (4, 4)),
         ({"width": 3, "layers": 16}, (4, 4)),
+        ({"width": 3, "layers": 32}, (8, 8)),
         ({"condition": 80, "hop": 200}, (4, 4)),
         ({"dtype": torch.bfloat16}, (4, 4)),
     ]
@@ -77,6 +78,8 @@ def test_what_a_cluster_takes():
         ({"skip": 272}, "too many for a cluster"),
         ({"n_class": 1024}, "too many for a cluster"),
         ({"layers": 41}, "too many for a cluster"),
+        ({"width": 3, "layers": 33}, "too many for a cluster"),
+        ({"n_class": 2}, "too many rows"),
     ]
     for sizes, why in refused:
         made = standard("H100", **sizes)
