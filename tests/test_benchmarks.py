@@ -374,4 +374,4 @@ def test_the_peer_for_gpus_draws_what_the_kernel_draws():
         drawn.append(step().clone())
     pack = wavenet_pack(weights, DILATIONS)
     codes, logits = wavenet_generate(pack, wavenet_state(pack, 2), uniforms, return_logits=True)
-    assert off_edge(codes, torch.stack(drawn, 1), logits, uniforms) <= 2.0**-14
+    assert common.off_edge(codes, torch.stack(drawn, 1), logits, uniforms) <= 2.0**-14
