@@ -113,7 +113,7 @@ class Bench:
             common.gate(f"{name}: teacher-forced logits against the float32 reference", error, BOUNDS[name])
         if self.peers:
             drawn = self.peers.ring_buffers(self.weights, DILATIONS, uniforms)
-            common.gate("draws of the ring-buffer peer", off_edge(codes, drawn, expected, uniforms), EDGE)
+            common.gate("draws of the ring-buffer peer", common.off_edge(codes, drawn, expected, uniforms), EDGE)
 
     def naive_model(self):
         """A WaveNet of the same sizes for the recomputing peer, which takes a model; None where there is none."""
@@ -123,7 +123,7 @@ class Bench:
         pack, uniforms = model.pack(), self.uniforms(1, 4)
         codes, logits = wavenet_generate(pack, wavenet_state(pack, 1), uniforms, return_logits=True)
         drawn = self.peers.recompute(model, uniforms)
-        common.gate("draws of the recomputing peer", off_edge(codes, drawn, logits, uniforms), EDGE)
+        common.gate("draws of the recomputing peer", common.off_edge(codes, drawn, logits, uniforms), EDGE)
         return model
 
     # ---- then time
@@ -272,23 +272,6 @@ class Bench:
 def reference_logits(pack: WaveNetPack, uniforms: Tensor, codes: Tensor) -> Tensor:
     state = wavenet_state(pack, uniforms.shape[0])
     return wavenet_generate_ref(pack.data, pack.shape.to_ints(), state, uniforms, codes, None, 1.0, True)[1]
-
-
-def off_edge(codes: Tensor, other: Tensor, logits: Tensor, uniforms: Tensor) -> float:
-    """How far from the CDF's edges two generations part: the largest |u - edge| at a row's first difference.
-
-    Codes that part at a number within rounding of an edge agree; after that their histories differ.
-    """
-    farthest = 0.0
-    cdf = torch.softmax(logits.double(), 2).cumsum(2)
-    for row in range(codes.shape[0]):
-        different = (codes[row].long() != other[row].long()).nonzero()
-        if len(different):
-            t = int(different[0])
-            low, high = sorted((int(codes[row, t]), int(other[row, t])))
-            edges = cdf[row, t, low:high]
-            farthest = max(farthest, float((uniforms[row, t].double() - edges).abs().max()))
-    return farthest
 
 
 def main() -> None:

@@ -119,6 +119,23 @@ def gate(what: str, error: float, bound: float) -> None:
     _passed.append((error / bound, what))
 
 
+def off_edge(codes: torch.Tensor, other: torch.Tensor, logits: torch.Tensor, uniforms: torch.Tensor) -> float:
+    """How far from the CDF's edges two generations part: the largest |u - edge| at a row's first difference.
+
+    Codes that part at a number within rounding of an edge agree; after that their histories differ.
+    """
+    farthest = 0.0
+    cdf = torch.softmax(logits.double(), 2).cumsum(2)
+    for row in range(codes.shape[0]):
+        different = (codes[row].long() != other[row].long()).nonzero()
+        if len(different):
+            t = int(different[0])
+            low, high = sorted((int(codes[row, t]), int(other[row, t])))
+            edges = cdf[row, t, low:high]
+            farthest = max(farthest, float((uniforms[row, t].double() - edges).abs().max()))
+    return farthest
+
+
 def optional(module: str) -> ModuleType | None:
     """A peer, or a part of audiomodels; None, and said, where it or what it imports is not installed."""
     try:

@@ -25,6 +25,7 @@ struct TransformerShape {
   int64_t head_rows() const;
   int64_t heads_rows() const;  // of q, of k and of v
   int64_t capacity() const;
+  int64_t angles() const;  // of a position
   int64_t context_rows(int64_t layer) const;
   int64_t fuse_rows() const;
   int64_t table_bytes() const;

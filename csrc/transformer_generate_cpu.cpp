@@ -21,6 +21,7 @@ int64_t TransformerShape::headdim() const { return n_embd / n_head; }
 int64_t TransformerShape::head_rows() const { return pad_lanes(headdim()); }
 int64_t TransformerShape::heads_rows() const { return n_head * head_rows(); }
 int64_t TransformerShape::capacity() const { return (window + kKeyBlock - 1) / kKeyBlock * kKeyBlock; }
+int64_t TransformerShape::angles() const { return (positions == kRotary ? headdim() : n_embd + 1) / 2; }
 int64_t TransformerShape::context_rows(int64_t layer) const { return pad_lanes(layer + 1 < n_width ? context : code); }
 int64_t TransformerShape::fuse_rows() const {
   switch (fusion) {

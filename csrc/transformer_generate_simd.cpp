@@ -2,7 +2,7 @@
 //
 // Keys lie in the lanes when scores are made, channels when values are summed: no sum runs over the lanes, and every
 // sum has one order, whatever their count. At batch 1 a step is bound by reading the cache and the weights.
-#include <math.h>
+#include <cmath>
 
 #include "packed_product.h"
 #include "transformer_generate.h"
@@ -13,7 +13,8 @@ namespace {
 
 constexpr float kEpsilon = 1e-5f;  // of the norms
 constexpr double kRotaryBase = 10000.0;
-constexpr int kChains = 4;  // sums of values that run side by side
+constexpr int kChains = 4;        // sums of values that run side by side
+constexpr float kFaint = -40.0f;  // a weight of e^-40 of the largest is lost in float32, and would lead to subnormals
 
 // Everything a thread needs, carved out of job.scratch.
 struct Scratch {
@@ -115,7 +116,7 @@ static void mask(const Net& net, int64_t position, int64_t used, float* scores) 
 AK_INLINE void weigh(float* scores, VFloat largest, VFloat* sums) {
   for (int l = 0; l < kParts; l++) {
     const VFloat x = load(scores + l * kLanes) - largest;
-    const VFloat weight = x < splat(-87.0f) ? splat(0.0f) : exp_clamped(x, 87.0f);
+    const VFloat weight = x < splat(kFaint) ? splat(0.0f) : exp_clamped(x, -kFaint);
     store(scores + l * kLanes, weight);
     sums[l] += weight;
   }
@@ -149,11 +150,10 @@ static void sum_values(const TransformerShape& s, const float* values, int64_t u
     store(out + l * kLanes, ((acc[0][l] + acc[1][l]) + (acc[2][l] + acc[3][l])) * splat(*scale));
 }
 
-// Turns channel i with channel i + headdim / 2 by the stream's angles.
-static void rotate(const Net& net, float* heads) {
-  const int64_t d = net.s.headdim(), d16 = net.s.head_rows();
-  const float *cos = net.scratch.cos, *sin = net.scratch.sin;
-  for (int64_t head = 0; head < net.s.n_head; head++, heads += d16)
+// Turns channel i of every head with channel i + headdim / 2.
+static void rotate(const TransformerShape& s, float* heads, const float* cos, const float* sin) {
+  const int64_t d = s.headdim(), d16 = s.head_rows();
+  for (int64_t head = 0; head < s.n_head; head++, heads += d16)
     for (int64_t i = 0; i < d / 2; i++) {
       const float a = heads[i], b = heads[i + d / 2];
       heads[i] = a * cos[i] - b * sin[i];
@@ -161,8 +161,9 @@ static void rotate(const Net& net, float* heads) {
     }
 }
 
-static void find_angles(const Net& net, int64_t b, int64_t count) {
+static void find_angles(const Net& net, int64_t b) {
   const double position = double(net.position(b));
+  const int64_t count = net.s.angles();
   for (int64_t i = 0; i < count; i++) {
     const double angle = position * net.scratch.frequency[i];
     net.scratch.cos[b * count + i] = float(::cos(angle));
@@ -175,17 +176,15 @@ template <class Cache>
 static void attend(const Net& net, int64_t ring_offset) {
   const TransformerShape& s = net.s;
   const Scratch& k = net.scratch;
-  const int64_t d = s.headdim(), d16 = s.head_rows(), half = d / 2;
+  const int64_t d = s.headdim(), d16 = s.head_rows();
   for (int64_t b = 0; b < net.job.batch; b++) {
     float* keys = net.state(b) + ring_offset;
     float* values = keys + s.key_floats();
     const int64_t position = net.position(b);
     take(k.heads, k.qkv, b, 3 * net.heads);
     if (s.positions == kRotary) {
-      Net turned = net;
-      turned.scratch.cos += b * half, turned.scratch.sin += b * half;
-      rotate(turned, k.heads);
-      rotate(turned, k.heads + net.heads);
+      rotate(s, k.heads, k.cos + b * s.angles(), k.sin + b * s.angles());
+      rotate(s, k.heads + net.heads, k.cos + b * s.angles(), k.sin + b * s.angles());
     }
     remember<Cache>(net, keys, values, position % net.capacity);
     const int64_t written = position + 1 < net.capacity ? position + 1 : net.capacity;
@@ -289,13 +288,13 @@ template <class Dot>
 static void embed(const Net& net, int64_t t, const uint8_t*& p, int64_t& ring_offset) {
   const TransformerShape& s = net.s;
   const Scratch& k = net.scratch;
-  const int64_t n = net.embd * net.job.batch, angles = (s.positions == kRotary ? s.headdim() : s.n_embd + 1) / 2;
+  const int64_t n = net.embd * net.job.batch, angles = s.angles();
   for (int64_t b = 0; b < net.job.batch; b++) {
     const int64_t position = net.position(b);
     put(k.x, b, net.embedding + int64_t(net.state(b)[2]) * net.embd, net.embd);
     if (s.condition && (t == 0 || position % s.hop == 0))
       project_condition(net, b, position / s.hop - (position - t) / s.hop);
-    find_angles(net, b, angles);
+    find_angles(net, b);
   }
   if (s.n_width) {
     run_context<Dot>(net, p, ring_offset);
@@ -402,7 +401,7 @@ void transformer_run(const TransformerShape& s, const GenerationJob& job) {
   const auto floats = [&](int64_t n) { return (at += n) - n; };
   const auto streams = [&](int64_t rows) { return Streams{floats(job.batch * rows), job.batch}; };
   const int64_t context = pad_lanes(s.context > s.code ? s.context : s.code);
-  const int64_t angles = (s.positions == kRotary ? s.headdim() : s.n_embd + 1) / 2;
+  const int64_t angles = s.angles();
   Scratch& k = net.scratch;
   k.base = streams(net.embd);
   k.x = streams(net.embd);

@@ -20,7 +20,7 @@ BENCHMARKS = ROOT / "benchmarks"
 NAMES = sorted(path.stem.removeprefix("benchmark_") for path in BENCHMARKS.glob("benchmark_*.py"))
 sys.path.insert(0, str(BENCHMARKS))
 import common  # noqa: E402
-from benchmark_wavenet_generate import DILATIONS, off_edge, standard_weights  # noqa: E402
+from benchmark_wavenet_generate import DILATIONS, standard_weights  # noqa: E402
 
 
 class Machine:
@@ -205,10 +205,10 @@ def test_ring_buffer_peer_draws_what_the_kernel_draws():
     pack = wavenet_pack(weights, DILATIONS)
     codes, logits = wavenet_generate(pack, wavenet_state(pack, 3), uniforms, return_logits=True)
     drawn = peers.ring_buffers(weights, DILATIONS, uniforms)
-    assert off_edge(codes, drawn, logits, uniforms) <= 2.0**-14
+    assert common.off_edge(codes, drawn, logits, uniforms) <= 2.0**-14
     assert len(codes.unique()) > 40  # the draws do visit the distribution
     moved = (drawn + (torch.arange(60) == 30)) % 256  # one code off, in the middle of the CDF's range
-    assert off_edge(codes, moved, logits, uniforms) > 2.0**-14
+    assert common.off_edge(codes, moved, logits, uniforms) > 2.0**-14
 
 
 def test_peers_import_with_torch_and_numpy_alone():

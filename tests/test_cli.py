@@ -120,16 +120,20 @@ def test_evaluate_by_split(call, model, tmp_path):
     assert code == 0 and ", test: " in out
 
 
-def test_train_generate_evaluate(call, data, tmp_path):
+TRANSFORMER = """--model sample_transformer --model.n-layer 2 --model.n-head 2 --model.n-embd 16 --model.window 64
+    --model.context-channels 4 --model.context-widths 5 4"""
+KINDS = {"WaveNet": [*SIZES, "--model.n-layer", 3], "SampleTransformer": TRANSFORMER.split()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_train_generate_evaluate(call, data, tmp_path, kind):
     run = tmp_path / "run"
     words = [
         "train",
         data,
         "--out",
         run,
-        *SIZES,
-        "--model.n-layer",
-        3,
+        *KINDS[kind],
         "--model.sample-rate",
         8000,
         "--batch",
@@ -138,29 +142,31 @@ def test_train_generate_evaluate(call, data, tmp_path):
         64,
     ]
     code, out, _ = call(*words, "--steps", 3, "--no-progress", "--no-tensorboard")
-    assert code == 0 and "WaveNet" in out and "the last 20 %" in out
+    assert code == 0 and kind in out and "the last 20 %" in out
     scores = json.loads((run / "scores.json").read_text())
-    assert scores["WaveNet"]["n_target"] == scores["bigram"]["n_target"] == 800
+    assert scores[kind]["n_target"] == scores["bigram"]["n_target"] == 800
     assert (run / "report.png").read_bytes()[:4] == b"\x89PNG"
     first = (run / "model/model.safetensors").read_bytes()
     code, _, _ = call(*words, "--steps", 6, "--no-progress", "--no-tensorboard")  # goes on from step 3
     assert code == 0 and (run / "model/model.safetensors").read_bytes() != first
     assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()][-1] == 6
     assert call("generate", run / "model", "--seconds", 0.01, "--out", tmp_path / "x.wav")[0] == 0
+    code, out, _ = call("evaluate", run / "model", data)
+    assert code == 0 and kind in out
 
 
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
-        ("transformer", ["--model.n-layer", 1, "--model.n-head", 1, "--model.n-embd", 8, "--model.window", 16]),
-        ("samplernn", ["--model.n-embd", 8, "--model.n-rnn", 1]),
-        ("wavernn", ["--model.n-embd", 8, "--model.head-channels", 8]),
+        ("sample_transformer", ["--model.n-layer", 1, "--model.n-head", 1, "--model.n-embd", 8, "--model.window", 16]),
+        ("sample_rnn", ["--model.n-embd", 8, "--model.n-rnn", 1]),
+        ("wave_rnn", ["--model.n-embd", 8, "--model.head-channels", 8]),
     ],
 )
 def test_train_and_generate_others(call, data, tmp_path, kind, sizes):
     run, words = tmp_path / "run", ["--batch", 2, "--length", 64, "--steps", 2, "--no-progress", "--no-tensorboard"]
-    code, out, _ = call(f"train-{kind}", data, "--out", run, *sizes, "--model.sample-rate", 8000, *words)
-    assert code == 0 and ("lpc64" in out) == (kind != "wavernn")  # predictors are for 8 bits
+    code, out, _ = call("train", data, "--model", kind, "--out", run, *sizes, "--model.sample-rate", 8000, *words)
+    assert code == 0 and ("lpc64" in out) == (kind != "wave_rnn")  # predictors are for 8 bits
     code, out, _ = call("generate", run / "model", "--seconds", 0.01, "--out", tmp_path / "x.wav")
     assert code == 0 and len(read_audio(tmp_path / "x.wav")[0]) == 80
     code, out, _ = call("evaluate", run / "model", data)
@@ -255,6 +261,8 @@ def test_bench(call, monkeypatch):
         ("generate {labelled}", "needs a condition or label"),
         ("generate {model} --seconds 0.01 --out {data}/a.wav/x.wav", "a.wav"),
         ("evaluate {no} {data}", "no such folder"),
+        ("evaluate {tmp} {data}", "config.json: no such file"),
+        ("evaluate {stranger} {data}", "not the config of one of wavenet, sample_transformer"),
         ("evaluate {model} {no}", "no such file or folder"),
         ("evaluate {model} {model}", "no audio files"),
         ("evaluate {model} {data} --part piano", "part"),
@@ -269,7 +277,15 @@ def test_bench(call, monkeypatch):
 def test_mistakes_are_one_line_and_exit_code_2(call, model, data, tmp_path, words, text):
     config = WaveNetConfig(n_layer=1, residual_channels=4, skip_channels=4, head_channels=4, n_label=2)
     WaveNet(config).save_pretrained(tmp_path / "labelled")
-    places = {"no": tmp_path / "nothing-here", "data": data, "model": model, "tmp": tmp_path}
+    (tmp_path / "stranger").mkdir()
+    (tmp_path / "stranger" / "config.json").write_text('{"n_layer": 3, "hidden": 1024}')
+    places = {
+        "no": tmp_path / "nothing-here",
+        "stranger": tmp_path / "stranger",
+        "data": data,
+        "model": model,
+        "tmp": tmp_path,
+    }
     code, _, err = call(*(word.format(**places, labelled=tmp_path / "labelled") for word in words.split()))
     assert code == 2
     line = err.splitlines()[-1]  # bars and notices may stand above it

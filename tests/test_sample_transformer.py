@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("huggingface_hub")
 import torch
+from audiomodels import peers
 from audiomodels.pretrained import ModelError
 from audiomodels.sample_transformer import SampleTransformer, SampleTransformerConfig
 from torch.nn import functional as F
@@ -231,6 +232,17 @@ def test_generate_depends_on_seed_and_row_only():
     for dtype in (torch.bfloat16, torch.int8):
         assert model.generate(50, dtype=dtype).shape == (1, 50)
     assert model.generate(0, torch.tensor([1, 2]), batch=2).shape == (2, 0)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_eager_peer_draws_the_same(batch):
+    """The ring of keys and values in plain PyTorch, in two calls over three of its wraps."""
+    model = make()
+    uniforms = audiokernels.philox_uniform(5, batch, 70)
+    weights = {name: tensor.detach() for name, tensor in model.weights().items()}
+    peer = peers.KeyValueRings(weights, n_head=2, window=20, batch=batch)
+    drawn = torch.cat([peer.generate(uniforms[:, :30]), peer.generate(uniforms[:, 30:])], 1)
+    assert torch.equal(drawn, model.generate(70, seed=5, batch=batch).long())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

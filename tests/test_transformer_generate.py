@@ -91,11 +91,11 @@ def test_incremental_equals_full(name, isa):
             out, logits = transformer_generate(
                 pack, transformer_state(pack, 3), uniforms, codes=codes, return_logits=True
             )
-    expected = full_logits(weights, codes, **options)
+    expected = full_logits(weights, codes, options)
     assert torch.equal(out.long(), codes) and out.dtype == (torch.uint8 if pack.shape.n_class <= 256 else torch.int16)
     error, largest = (logits - expected).abs().max(), float(expected.abs().max())
     assert error <= 1e-5 * max(1.0, largest)
-    plain = full_logits(weights, codes, **options, dtype=torch.float32)
+    plain = full_logits(weights, codes, options, dtype=torch.float32)
     assert error <= 3 * (plain - expected).abs().max() + 2 * largest * 2.0**-23
 
 
@@ -132,7 +132,7 @@ def test_condition_is_held_for_the_hop(hop, implementation):
         )
     else:
         _, logits = reference(pack, transformer_state(pack, 2), uniforms, codes, frames)
-    expected = full_logits(weights, codes, n_head=2, window=20, frames=frames, hop=hop)
+    expected = full_logits(weights, codes, {"n_head": 2, "window": 20}, frames=frames, hop=hop)
     assert (logits - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
@@ -160,7 +160,7 @@ def test_draws_differ_from_the_reference_only_on_an_edge(dtype):
     pack = transformer_pack(weights, n_head=2, window=50, dtype=dtype)
     uniforms = philox_uniform(5, batch, n)
     codes, logits = transformer_generate(pack, transformer_state(pack, batch), uniforms, return_logits=True)
-    expected = full_logits(weights, codes.long(), n_head=2, window=50, dtype=torch.float32)
+    expected = full_logits(weights, codes.long(), {"n_head": 2, "window": 50}, dtype=torch.float32)
     largest = float((logits - expected).abs().max() / expected.abs().max())
     assert largest <= {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.int8: 0.12}[dtype]
     differ, off_edge = differing_draws(logits, expected, uniforms, codes)

@@ -69,12 +69,15 @@ def pack_of(*, dtype=torch.float32, hop=1, seed=0, **sizes):
     return transformer_pack(weights_of(seed=seed, **shape), **pack, dtype=dtype, hop=hop)
 
 
-def full_logits(weights, codes, *, n_head, window, positions="rotary", fusion="none", haar=(), dtype=torch.float64,
-                frames=None, hop=1):  # fmt: skip
+def full_logits(weights, codes, options, *, dtype=torch.float64, frames=None, hop=1):
     """Logits of every sample at once: codes (batch, n) -> (batch, n, n_class), each of the codes before it.
 
-    logits[:, t] predicts codes[:, t]; the stream starts from code n_class // 2. frames: condition (batch, frames, C).
+    logits[:, t] predicts codes[:, t]; the stream starts from code n_class // 2. options: as transformer_pack
+    takes them. frames: condition (batch, frames, C).
     """
+    n_head, window = options["n_head"], options["window"]
+    positions, fusion = options.get("positions", "rotary"), options.get("fusion", "none")
+    haar = options.get("haar", ())
     w, (batch, n) = {name: tensor.to(dtype) for name, tensor in weights.items()}, codes.shape
     read = torch.cat([torch.full_like(codes[:, :1], w["embedding"].shape[0] // 2), codes[:, :-1]], 1).long()
     x, e, late = w["embedding"][read], w["embedding"].shape[1], 0

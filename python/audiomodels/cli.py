@@ -29,12 +29,9 @@ from audiomodels._optional import require
 from audiomodels.audio import read_audio, write_audio
 from audiomodels.data import Crops, Recordings
 from audiomodels.demo import DemoConfig, DemoError, run
-from audiomodels.models import GENERATORS, from_folder
 from audiomodels.pretrained import ModelError
-from audiomodels.sample_rnn import SampleRNNConfig
-from audiomodels.sample_transformer import SampleTransformerConfig
+from audiomodels.registry import GENERATORS, load
 from audiomodels.train import TrainConfig, TrainingError, fit, score_blocks, target_blocks
-from audiomodels.wave_rnn import WaveRNNConfig
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 
 tyro = require("tyro")
@@ -44,6 +41,7 @@ ModelFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL
 Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+Kind = Literal[tuple(GENERATORS)]
 MOST_CONTEXT = 1 << 16  # samples of context in training and evaluation, however far a model sees
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
@@ -94,7 +92,9 @@ class Demo(DemoConfig):
 
 @dataclass
 class Train:
-    """Train a WaveNet: any folder of audio, a manifest.jsonl, a .npz pack of codes, or one audio file.
+    """Train a generator: any folder of audio, a manifest.jsonl, a .npz pack of codes, or one audio file.
+
+    --model names the kind; its sizes are the options --model.*, which `--model sample_transformer --help` lists.
 
     Into the folder OUT go checkpoints, log.jsonl and, at the end, `model` (for generate and evaluate), scores.json and
     report.png. The same command again goes on where it was stopped. Held out is the split "dev" of the data, or, where
@@ -103,18 +103,19 @@ class Train:
 
     data: Data  # folder, manifest.jsonl, .npz pack or audio file
     training: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    model: WaveNetConfig = dataclasses.field(default_factory=WaveNetConfig)
+    model: Kind = "wavenet"
+    sizes: Annotated[Any, tyro.conf.arg(name="model")] = None  # the kind's config; its type is set by `train_command`
     part: Name = None  # a part of the manifest, for example piano
 
     def run(self) -> None:
-        if getattr(self.model, "condition_channels", 0) or getattr(self.model, "n_label", 0):
+        if getattr(self.sizes, "condition_channels", 0) or getattr(self.sizes, "n_label", 0):
             raise UserError("train takes models without condition and labels; see audiomodels.fit for those")
-        head, held_out, what = splits(self.data, self.model, "dev", self.part)
+        head, held_out, what = splits(self.data, self.sizes, "dev", self.part)
         torch.manual_seed(self.training.seed)
-        model = next(kind for kind in GENERATORS if kind.config_class is type(self.model))(self.model)
-        context = max(self.training.context, min(MOST_CONTEXT, getattr(model, "receptive_field", 0)))
+        model = GENERATORS[self.model](self.sizes)
+        context = max(self.training.context, model.train_context)
         config = dataclasses.replace(self.training, context=context)
-        print(f"{self.model.n_parameter:,} parameters; training on {head.seconds:.1f} s; held out: {what}")
+        print(f"{self.sizes.n_parameter:,} parameters; training on {head.seconds:.1f} s; held out: {what}")
         crops = Crops(head, batch=config.batch, length=config.length, context=context, seed=config.seed)
         history = fit(model, crops, config, valid=held_out)
         if checkpoint.distributed() and torch.distributed.get_rank() > 0:
@@ -133,27 +134,6 @@ class Train:
         fig.savefig(out / "report.png")
         print(table(judged))
         print(f"{out / 'model'}: audiokernels generate {out / 'model'}")
-
-
-@dataclass
-class TrainTransformer(Train):
-    """Train a SampleTransformer; else as train."""
-
-    model: SampleTransformerConfig = dataclasses.field(default_factory=SampleTransformerConfig)
-
-
-@dataclass
-class TrainSampleRNN(Train):
-    """Train a SampleRNN; else as train."""
-
-    model: SampleRNNConfig = dataclasses.field(default_factory=SampleRNNConfig)
-
-
-@dataclass
-class TrainWaveRNN(Train):
-    """Train a WaveRNN on 16-bit samples; else as train."""
-
-    model: WaveRNNConfig = dataclasses.field(default_factory=WaveRNNConfig)
 
 
 @dataclass
@@ -176,7 +156,7 @@ class Generate:
             raise UserError(f"--batch must be 1 .. 1024, got {self.batch}")
         if self.out.suffix.lower() not in (".wav", ".flac"):
             raise UserError(f"--out must end in .wav or .flac, got {self.out}")
-        model = from_folder(self.model)
+        model = load(self.model)
         config = model.config
         if getattr(config, "condition_channels", 0) or getattr(config, "n_label", 0):
             raise UserError(
@@ -230,7 +210,7 @@ class Evaluate:
                 f"evaluate takes a MODEL folder and DATA, or --model package:Class and DATA; got {given} paths"
             )
         kind = SimpleNamespace(sample_rate=self.sample_rate, companding=self.companding, n_class=256)
-        model = from_folder(self.paths[0]) if self.model is None else imported(self.model)
+        model = load(self.paths[0]) if self.model is None else imported(self.model)
         config = getattr(model, "config", kind)
         if getattr(config, "condition_channels", 0):
             raise UserError(f"{self.model or self.paths[0]}: needs a condition; see audiomodels.evaluate")
@@ -323,9 +303,6 @@ COMMANDS = {
     "info": Info,
     "demo": Demo,
     "train": Train,
-    "train-transformer": TrainTransformer,
-    "train-samplernn": TrainSampleRNN,
-    "train-wavernn": TrainWaveRNN,
     "generate": Generate,
     "evaluate": Evaluate,
     "build-corpus": BuildCorpus,
@@ -333,6 +310,19 @@ COMMANDS = {
     "reproduce": Reproduce,
     "bench": Bench,
 }
+
+
+def train_command(arguments: Sequence[str]) -> type[Train]:
+    """Train with the options --model.* of the kind that the words name after --model."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    named = [word for flag, word in zip(words, words[1:], strict=False) if flag == "--model" and word in GENERATORS]
+    config = GENERATORS[named[-1] if named else "wavenet"].config_class
+    sizes = Annotated[config, tyro.conf.arg(name="model")]
+    made = dataclasses.make_dataclass(
+        "Train", [("sizes", sizes, dataclasses.field(default_factory=config))], bases=(Train,)
+    )
+    made.__doc__ = Train.__doc__
+    return made
 
 
 def splits(source: Path, config: Any, split: str, part: str | None) -> tuple[Recordings, Recordings, str]:
@@ -389,7 +379,8 @@ def table(judged: dict[str, bootstrap.Units]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the words (default: those of the process) ask for; always ends in SystemExit."""
-    commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
+    kinds = {**COMMANDS, "train": train_command(sys.argv[1:] if arguments is None else arguments)}
+    commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())
     logging.basicConfig(format="audiokernels: %(message)s")
     warnings.showwarning = lambda message, *_: print(f"audiokernels: {message}", file=sys.stderr)
     try:

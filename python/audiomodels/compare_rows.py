@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from audiomodels.sample_rnn import SampleRNN, SampleRNNConfig
-from audiomodels.sample_transformer import SampleTransformer, SampleTransformerConfig
-from audiomodels.wavenet import WaveNet, WaveNetConfig
+from audiomodels.registry import GENERATORS
+from audiomodels.sample_rnn import SampleRNNConfig
+from audiomodels.sample_transformer import SampleTransformerConfig
+from audiomodels.wavenet import WaveNetConfig
 
-MODELS = {WaveNetConfig: WaveNet, SampleTransformerConfig: SampleTransformer, SampleRNNConfig: SampleRNN}
+MODELS = {kind.config_class: kind for kind in GENERATORS.values()}
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 
 

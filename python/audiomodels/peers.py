@@ -1,9 +1,10 @@
-"""What the fused kernel is compared with: WaveNet generation in plain PyTorch, written as well as eager PyTorch allows.
+"""What the fused kernels are compared with: generation in plain PyTorch, written as well as eager PyTorch allows.
 
-    ring_buffers   the past inputs of every layer are kept (Fast WaveNet): O(layers) a sample
-    recompute      the model is run on its whole receptive field for every sample
+    ring_buffers    WaveNet: the past inputs of every layer are kept (Fast WaveNet): O(layers) a sample
+    recompute       WaveNet: the model is run on its whole receptive field for every sample
+    KeyValueRings   SampleTransformer: the keys and values of the window are kept, a ring a layer
 
-Both take the numbers and the model that the kernel takes, so that their codes can be compared with its codes.
+All take the numbers and the model that the kernel takes, so that their codes can be compared with its codes.
 """
 
 import statistics
@@ -72,6 +73,96 @@ def recompute(model: "WaveNet", uniforms: Tensor, past: Tensor | None = None) ->
         logits = model(codes[:, -model.receptive_field :], length=1)[:, 0]
         codes = torch.cat([codes, draw(logits, uniforms[:, t : t + 1])[:, None]], 1)
     return codes[:, codes.shape[1] - uniforms.shape[1] :]
+
+
+class KeyValueRings:
+    """Sample-level transformer generation step by step, with rotary positions and no context network.
+
+    A step is nine calls a layer beside the rotation: for q and k together it is one complex product (their rows are
+    sorted for it), key and value enter their ring in one copy, attention is torch's own, biases are in the products.
+
+    Args:
+        weights: SampleTransformer.weights(), in float32.
+        n_head, window: of the model.
+        batch: number of streams.
+        compile: the layers of a step as one function of torch.compile. For full rings only.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], n_head: int, window: int, *, batch: int = 1, compile: bool = False):
+        self.w, self.n_head, self.window, self.position = weights, n_head, window, 0
+        n_layer, self.n_embd = weights["qkv_weight"].shape[0], weights["embedding"].shape[1]
+        self.head = self.n_embd // n_head
+        self.rows, self.linear = ((), _linear_of_vector) if batch == 1 else ((batch,), F.linear)
+        pairs = torch.arange(self.head).view(2, -1).T.flatten()  # channel i beside channel i + head / 2
+        order = torch.cat(
+            [pairs + h * self.head for h in range(2 * n_head)] + [torch.arange(2 * self.n_embd, 3 * self.n_embd)]
+        )
+        self.layers = [
+            {
+                "norm1": (weights["norm1_weight"][i], weights["norm1_bias"][i]),
+                "norm2": (weights["norm2_weight"][i], weights["norm2_bias"][i]),
+                "qkv": (weights["qkv_weight"][i][order], weights["qkv_bias"][i][order]),
+                **{name: (weights[f"{name}_weight"][i], weights[f"{name}_bias"][i]) for name in ("proj", "up", "down")},
+            }
+            for i in range(n_layer)
+        ]
+        like = weights["embedding"]
+        self.rings = [like.new_zeros(2, *self.rows, n_head, window, self.head) for _ in range(n_layer)]
+        self.code = torch.full(self.rows, like.shape[0] // 2, device=like.device)
+        self.step = torch.compile(self._layers, dynamic=False) if compile else self._layers
+        self.compiled = compile
+
+    @torch.inference_mode()
+    def fill(self) -> None:
+        """Rings full of small numbers, as if a window had been generated: for timing."""
+        for ring in self.rings:
+            ring.normal_(std=0.1)
+        self.position += self.window
+
+    @torch.inference_mode()
+    def generate(self, uniforms: Tensor) -> Tensor:
+        """Draw the next samples: uniforms (batch, n) -> codes (batch, n) int64."""
+        batch, n = uniforms.shape
+        device, codes = uniforms.device, []
+        i = torch.arange(0, self.head, 2, device=device, dtype=torch.float64)
+        position = torch.arange(self.position, self.position + n, device=device)
+        angle = position[:, None] * 10000.0 ** (-i / self.head)
+        turns = torch.stack([angle.cos(), angle.sin()], -1).float()
+        for t in range(n):
+            slot, seen = self.position % self.window, min(self.position + 1, self.window)
+            slot = torch.tensor([slot], device=device) if self.compiled else slot
+            logits = self.step(self.w["embedding"][self.code], turns[t], slot, seen)
+            self.code = draw(logits, uniforms[:, t].view(*self.rows, 1))
+            codes.append(self.code)
+            self.position += 1
+        return torch.stack(codes, -1).view(batch, n)
+
+    def _turned(self, pairs: Tensor, turn: Tensor) -> Tensor:
+        if not self.compiled:
+            return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
+        (a, b), (cos, sin) = pairs.unbind(-1), turn.unbind(-1)  # torch.compile writes no code for complex numbers
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
+
+    def _layers(self, x: Tensor, turn: Tensor, slot: int | Tensor, seen: int) -> Tensor:
+        e, heads = self.n_embd, (self.n_head, self.head)
+        for layer, ring in zip(self.layers, self.rings, strict=True):
+            qkv = self.linear(F.layer_norm(x, (e,), *layer["norm1"]), *layer["qkv"])
+            q, k = self._turned(qkv[..., : 2 * e].unflatten(-1, (2, self.n_head, -1, 2)), turn).flatten(-2).unbind(-3)
+            new = torch.stack([k, qkv[..., 2 * e :].unflatten(-1, heads)])
+            if isinstance(slot, int):
+                ring[..., slot, :] = new
+            else:
+                ring.index_copy_(-2, slot, new.unsqueeze(-2))
+            keys, values = ring[..., :seen, :]
+            many = (1,) * (1 - len(self.rows))
+            out = F.scaled_dot_product_attention(
+                q.view(*many, *q.shape).unsqueeze(-2), keys.view(*many, *keys.shape), values.view(*many, *values.shape)
+            )
+            x = x + self.linear(out.reshape(*self.rows, e), *layer["proj"])
+            inner = F.relu(self.linear(F.layer_norm(x, (e,), *layer["norm2"]), *layer["up"]))
+            x = x + self.linear(inner, *layer["down"])
+        w = self.w
+        return self.linear(F.layer_norm(x, (e,), w["norm_weight"], w["norm_bias"]), w["out_weight"], w["out_bias"])
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:

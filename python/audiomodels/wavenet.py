@@ -122,6 +122,11 @@ class WaveNet(nn.Module, Generator):
         """Samples that a prediction sees."""
         return self.config.receptive_field
 
+    @property
+    def train_context(self) -> int:
+        """Samples that training shows before a target."""
+        return self.receptive_field
+
     def forward(
         self, codes: Tensor, condition: Tensor | None = None, label: Tensor | None = None, *, length: int | None = None
     ) -> Tensor:
