@@ -75,7 +75,7 @@ PROTOCOLS = {
         Protocol(
             name="compact",
             sample_rate=8000,
-            batch=2,
+            batch=2,  # wavenet10, piano, mu-law, after 1.8 of 2.6 M targets: 5.91 bits on dev; at batch 8, 6.26
             length=1600,
             targets=20_480_000,
             wavenet={"residual_channels": 32, "skip_channels": 64, "head_channels": 64},
