@@ -1,7 +1,7 @@
 """What every generator that steps in plain torch must do: the same whole and step by step, saved and read back."""
 
 import torch
-from audiomodels.models import from_folder
+from audiomodels.registry import load
 from torch.nn import functional as F
 
 
@@ -47,9 +47,9 @@ def check_drawn_frequencies(probabilities, drawn):
 
 
 def check_folder(model, folder, *inputs):
-    """save_pretrained, and from_folder, which finds the class."""
+    """save_pretrained, and registry.load, which finds the class."""
     model.save_pretrained(folder)
-    again = from_folder(folder)
+    again = load(folder)
     assert type(again) is type(model) and again.config == model.config
     with torch.no_grad():
         assert torch.equal(again(*inputs), model(*inputs))

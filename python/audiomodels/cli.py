@@ -42,12 +42,10 @@ from audiomodels._optional import require
 from audiomodels.audio import read_audio, write_audio
 from audiomodels.data import Crops, Recordings
 from audiomodels.demo import DemoConfig, DemoError, run
-from audiomodels.models import GENERATORS, from_folder
+from audiomodels.generator import Generator
 from audiomodels.pretrained import ModelError
-from audiomodels.sample_rnn import SampleRNNConfig
-from audiomodels.sample_transformer import SampleTransformerConfig
+from audiomodels.registry import GENERATORS, load
 from audiomodels.train import TrainConfig, TrainingError, fit, score_blocks, target_blocks
-from audiomodels.wave_rnn import WaveRNNConfig
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 
 tyro = require("tyro")
@@ -109,7 +107,8 @@ class Demo(DemoConfig):
 class Train:
     """Train a WaveNet: any folder of audio, a manifest.jsonl, a .npz pack of codes, or one audio file.
 
-    `train --model audio_transformer` and `train --model cnn` train taggers; each of them has its own --help.
+    `train --model sample_transformer`, `sample_rnn` and `wave_rnn` train other generators, `audio_transformer` and `cnn`
+    taggers; each of them has its own --help.
 
     Into the folder OUT go checkpoints, log.jsonl and, at the end, `model` (for generate and evaluate), scores.json and
     report.png. The same command again goes on where it was stopped. Held out is the split "dev" of the data, or, where
@@ -126,7 +125,7 @@ class Train:
             raise UserError("train takes models without condition and labels; see audiomodels.fit for those")
         head, held_out, what = splits(self.data, self.model, "dev", self.part)
         torch.manual_seed(self.training.seed)
-        model = next(kind for kind in GENERATORS if kind.config_class is type(self.model))(self.model)
+        model = next(kind for kind in GENERATORS.values() if kind.config_class is type(self.model))(self.model)
         context = max(self.training.context, min(MOST_CONTEXT, getattr(model, "train_context", 0)))
         config = dataclasses.replace(self.training, context=context)
         print(f"{self.model.n_parameter:,} parameters; training on {head.seconds:.1f} s; held out: {what}")
@@ -151,27 +150,6 @@ class Train:
 
 
 @dataclass
-class TrainTransformer(Train):
-    """Train a SampleTransformer; else as train."""
-
-    model: SampleTransformerConfig = dataclasses.field(default_factory=SampleTransformerConfig)
-
-
-@dataclass
-class TrainSampleRNN(Train):
-    """Train a SampleRNN; else as train."""
-
-    model: SampleRNNConfig = dataclasses.field(default_factory=SampleRNNConfig)
-
-
-@dataclass
-class TrainWaveRNN(Train):
-    """Train a WaveRNN on 16-bit samples; else as train."""
-
-    model: WaveRNNConfig = dataclasses.field(default_factory=WaveRNNConfig)
-
-
-@dataclass
 class Generate:
     """Generate sound from a model folder that `train`, `demo` or save_pretrained wrote."""
 
@@ -191,7 +169,7 @@ class Generate:
             raise UserError(f"--batch must be 1 .. 1024, got {self.batch}")
         if self.out.suffix.lower() not in (".wav", ".flac"):
             raise UserError(f"--out must end in .wav or .flac, got {self.out}")
-        model = from_folder(self.model)
+        model = load(self.model)
         config = model.config
         if getattr(config, "condition_channels", 0) or getattr(config, "n_label", 0):
             raise UserError(
@@ -245,7 +223,7 @@ class Evaluate:
                 f"evaluate takes a MODEL folder and DATA, or --model package:Class and DATA; got {given} paths"
             )
         kind = SimpleNamespace(sample_rate=self.sample_rate, companding=self.companding, n_class=256)
-        model = from_folder(self.paths[0]) if self.model is None else imported(self.model)
+        model = load(self.paths[0]) if self.model is None else imported(self.model)
         config = getattr(model, "config", kind)
         if getattr(config, "condition_channels", 0):
             raise UserError(f"{self.model or self.paths[0]}: needs a condition; see audiomodels.evaluate")
@@ -347,13 +325,17 @@ COMMANDS = {
     **continuing.COMMANDS,
     "bench": Bench,
 }
-TRAIN = {
-    "wavenet": Train,
-    "sample_transformer": TrainTransformer,
-    "sample_rnn": TrainSampleRNN,
-    "wave_rnn": TrainWaveRNN,
-    **listening.TRAIN,
-}  # by --model
+
+
+def train_of(kind: type[Generator]) -> type[Train]:
+    """Train with the options --model.* of a kind of generator."""
+    sizes = ("model", kind.config_class, dataclasses.field(default_factory=kind.config_class))
+    made = dataclasses.make_dataclass("Train", [sizes], bases=(Train,))
+    made.__doc__ = Train.__doc__
+    return made
+
+
+TRAIN = {name: train_of(kind) for name, kind in GENERATORS.items()} | listening.TRAIN  # by --model
 
 
 def chosen(words: Sequence[str]) -> tuple[dict[str, type], list[str]]:

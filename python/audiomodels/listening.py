@@ -16,7 +16,7 @@ from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConf
 from audiomodels.cnn import CNN, CNNConfig
 from audiomodels.compare_taggers import CompareTaggersConfig, TaggerComparison
 from audiomodels.data import clips, rows_of
-from audiomodels.pretrained import ModelError, read_config
+from audiomodels.registry import load
 from audiomodels.tag_data import training_data
 from audiomodels.tagger import Tagger, TaggerConfig, seconds_of
 from audiomodels.tagging import Tagging, average_precisions, score_clips, tag_scores
@@ -28,6 +28,7 @@ AudioFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
 Models = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL...")]
 Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+TAGGERS: dict[str, type[Tagger]] = {"audio_transformer": AudioTransformer, "cnn": CNN}
 
 
 @dataclass
@@ -57,7 +58,7 @@ class _TrainTagger:
         config = dataclasses.replace(config, n_class=len(dev.names), labels=dev.names)
         training = dataclasses.replace(self.training, length=rate)
         torch.manual_seed(training.seed)
-        model = {AudioTransformerConfig: AudioTransformer, CNNConfig: CNN}[type(config)](config)
+        model = next(kind for kind in TAGGERS.values() if kind.config_class is type(config))(config)
         count = sum(p.numel() for p in model.parameters())
         print(f"{count:,} parameters; {config.n_class} labels; training on {train.seconds:,.0f} s in "
               f"{len(train):,} clips; held out: dev, {len(dev):,} clips")  # fmt: skip
@@ -124,7 +125,7 @@ class Tag:
     def run(self) -> None:
         if self.top < 1:
             raise ValueError(f"--top must be at least 1, got {self.top}")
-        model = load_tagger(self.model)
+        model = load(self.model, TAGGERS)
         config = model.config
         audio, rate = read_audio(self.file, sample_rate=config.sample_rate)
         names = config.labels or tuple(f"label {i}" for i in range(config.n_class))
@@ -149,15 +150,6 @@ class Tag:
         path = self.out or Path(f"{self.file.stem}_tags.png")
         fig.savefig(path)
         print(path)
-
-
-def load_tagger(folder: Path) -> Tagger:
-    """The tagger that a folder holds, whichever it is. Errors: ModelError."""
-    try:
-        read_config(folder, CNNConfig)
-    except ModelError:
-        return AudioTransformer.from_pretrained(folder)  # or its error
-    return CNN.from_pretrained(folder)
 
 
 @dataclass

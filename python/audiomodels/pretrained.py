@@ -17,7 +17,7 @@ import torch
 from audiomodels._optional import require
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-T, C = TypeVar("T", bound="Pretrained"), TypeVar("C")
+T = TypeVar("T", bound="Pretrained")
 MAX_CONFIG_BYTES = 1 << 20
 # What a tensor of the model may be in a file: floats of any width; what counts or flags, as it is.
 DTYPES = {
@@ -50,11 +50,7 @@ class Pretrained(require("huggingface_hub").PyTorchModelHubMixin):
             ModelError: no such folder, no such file, a damaged file, or one that belongs to another model.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise ModelError(
-                f"{folder}: no such folder; it must hold {CONFIG} and {WEIGHTS}, as save_pretrained writes"
-            )
-        config = read_config(folder, cls.config_class)
+        config = _checked(read_config(folder), folder / CONFIG, cls.config_class)
         with torch.device("meta"):  # shapes only
             model = cls(config)
         weights = _read_weights(folder / WEIGHTS, model.state_dict(), device)
@@ -62,17 +58,23 @@ class Pretrained(require("huggingface_hub").PyTorchModelHubMixin):
         return model.eval()
 
 
-def read_config(folder: Path, config_class: type[C]) -> C:
-    """The config of a model folder, as the dataclass that its class names. Errors: ModelError."""
-    path = folder / CONFIG
+def read_config(folder: str | os.PathLike) -> Any:
+    """What the config.json of a model's folder holds, unchecked; ModelError where it cannot be read."""
+    path = Path(folder) / CONFIG
+    if not path.parent.is_dir():
+        raise ModelError(f"{folder}: no such folder; it must hold {CONFIG} and {WEIGHTS}, as save_pretrained writes")
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ModelError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, so it is no config")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def _checked(config: Any, path: Path, config_class: type) -> Any:
+    """The config_class of what read_config gave."""
     known = {field.name for field in fields(config_class)}
     if not isinstance(config, dict) or not known & set(config):
         raise ModelError(f"{path}: not a {config_class.__name__}")

@@ -19,6 +19,8 @@ def pick(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
 class StepGenerator(Generator):
     """Base of a model that draws its samples by `initial_state` and `step`, and takes no condition."""
 
+    train_context = 4000  # codes before the first target of a crop, over which the state settles; no bound is known
+
     def initial_state(self, batch: int) -> Any:
         """The state of `batch` streams before their first sample."""
         raise NotImplementedError
