@@ -72,6 +72,8 @@ def test_pooling_halves_the_tokens():
     assert lengths(model(pool_every=1), noise(1, 4000)) == [40, 20, 10]
     assert lengths(model(n_layer=6, pool_every=2), noise(1, 4000)) == [40, 40, 20, 20, 10, 10]
     assert lengths(model(pool_every=1), noise(1, 700)) == [7, 4, 2]
+    audio = noise(1, 500)  # the last layer's tokens are not pooled: of five, the last would count twice
+    assert torch.equal(model(n_layer=1, pool_every=1)(audio), model(n_layer=1)(audio))
     sizes = {sum(p.numel() for p in model(**c).parameters()) for c in ({}, {"pool_every": 1}, {"haar": "every"})}
     assert len(sizes) == 1
 

@@ -49,7 +49,11 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "tags" / "model"
     labels = ("Bark", "Bell", "Crow", "Rain")
     config = AudioTransformerConfig(n_class=4, labels=labels, n_layer=1, n_filter=32, patch=100, sample_rate=RATE)
-    AudioTransformer(config).save_pretrained(folder)
+    net = AudioTransformer(config)
+    with torch.no_grad():
+        for layer in (net.filters, net.embed, net.head):  # so that different sounds get different probabilities
+            layer.weight.mul_(10)
+    net.save_pretrained(folder)
     return folder
 
 
@@ -91,14 +95,15 @@ def test_train_on_the_corpus(call, tmp_path):
     assert code == 0 and out.split()[1] in ("Bark", "Bell", "Crow") and is_picture(tmp_path / "x.png")
 
 
-@pytest.mark.parametrize("seconds", [0.4, 1.0, 3.3])
+@pytest.mark.parametrize("seconds", [0.4, 1.0, 1.45])
 def test_tag(call, model, tmp_path, seconds, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_audio(tmp_path / "sound.wav", tone(0, seconds, RATE), RATE)
+    sound = tone(0, seconds, RATE) * (torch.arange(round(seconds * RATE)) < 0.05 * RATE)  # in the first crop alone
+    write_audio(tmp_path / "sound.wav", sound, RATE)
     code, out, _ = call("tag", tmp_path / "sound.wav", "--model", model, "--top", 3)
     lines = out.splitlines()
     net = AudioTransformer.from_pretrained(model)
-    clip = TagClips([(tone(0, seconds, RATE) * 32768).round().short()], torch.zeros(1, 4), ("a", "b", "c", "d"), RATE)
+    clip = TagClips([(sound * 32768).round().short()], torch.zeros(1, 4), ("a", "b", "c", "d"), RATE)
     want = score_clips(net, clip)[0]
     best = want.argsort(descending=True)[:3].tolist()
     assert code == 0 and len(lines) == 4 and lines[3] == "sound_tags.png" and is_picture(tmp_path / "sound_tags.png")

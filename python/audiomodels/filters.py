@@ -149,8 +149,8 @@ def draw(bank: FilterBank, controls: Mapping[str, FilterBank], spectrum: Tensor,
     fig, grid = plots.figure(13, 10 + 1.3 * len(shown), 2 + len(shown), 2, heights=[1.3, 1] + [0.32] * len(shown))
     nyquist, n = bank.sample_rate / 2, len(bank.centre)
     axis = plots.add(fig, grid[0, 0], f"{title}: |FFT| of its {n:,} filters, sorted by centre frequency")
-    image = axis.imshow(bank.spectrum.T, origin="lower", aspect="auto", extent=(0, n, 0, nyquist), cmap="magma", vmin=0,
-                        vmax=1, interpolation="antialiased")  # fmt: skip
+    image = axis.imshow(bank.spectrum.T.numpy(), origin="lower", aspect="auto", extent=(0, n, 0, nyquist), cmap="magma",
+                        vmin=0, vmax=1, interpolation="antialiased")  # fmt: skip
     axis.plot([0, n], [0, nyquist], color="white", linestyle="--", linewidth=1, label="a Fourier basis")
     axis.set(xlabel="filter", ylabel="Hz", xlim=(0, n), ylim=(0, nyquist))
     axis.legend(fontsize=8, loc="upper left")

@@ -142,8 +142,8 @@ class Tag:
         axis = plots.add(fig, grid[2, 0], "probability of each label in the second around each moment")
         # crop i is centred half a second after it begins; a file of less than a second is one crop
         ends = (0.5 - hop / 2, seconds - 0.5 + hop / 2) if len(found) > 1 else (0, seconds)
-        image = axis.imshow(found[:, best].T, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest",
-                            extent=(*ends, len(best) - 0.5, -0.5))  # fmt: skip
+        image = axis.imshow(found[:, best].T.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis",
+                            interpolation="nearest", extent=(*ends, len(best) - 0.5, -0.5))  # fmt: skip
         axis.set_yticks(range(len(best)), [names[i] for i in best])
         axis.set(xlabel="seconds", xlim=(0, seconds))
         fig.colorbar(image, ax=axis, pad=0.01)
