@@ -16,12 +16,14 @@ from audiomodels.pretrained import ModelError
 from audiomodels.train import Objective, TrainConfig, fit
 from audiomodels.unit_decoder import (
     ConditionedCrops,
+    MelCrops,
     MelWaveNet,
     UnitToMel,
     UnitToMelConfig,
     UnitWaveNet,
     mel_error,
     mel_frames,
+    unit_mel_recordings,
     unit_recordings,
 )
 from audiomodels.units import Durations, DurationsConfig, Units, UnitsConfig, collapsed
@@ -120,6 +122,15 @@ def test_again_is_the_same(folder):
     assert torch.equal(ours, theirs)
 
 
+def test_by_way_of_mel(tmp_path):
+    wave = dataclasses.replace(WAVE, condition_channels=80)
+    made = textless.train_units(recordings([MELODY]), training(tmp_path, decoder="mel", wavenet=wave))
+    models = textless.load(tmp_path)
+    assert isinstance(made.decoder, MelWaveNet) and isinstance(models.decoder, MelWaveNet)
+    ours, theirs = (textless.continue_sound(m, MELODY, 0.1) for m in (made, models))
+    assert torch.equal(ours, theirs) and len(ours) == len(MELODY) // 128 * 128 + 800
+
+
 def test_griffin_lim_needs_no_decoder(tmp_path):
     data = recordings([MELODY])
     textless.train_units(data, training(tmp_path, decoder="griffin-lim"))
@@ -208,6 +219,17 @@ def test_conditioned_crops_hold_the_condition_of_their_samples(coder):
         ConditionedCrops(data, 128, batch=1, length=100, context=0)
     with pytest.raises(ValueError, match="at least 128000 samples"):
         ConditionedCrops(data, 128, batch=1, length=128000, context=0)
+
+
+def test_mel_crops_pair_units_with_their_frames(coder):
+    config = UnitToMelConfig(n_code=12, n_mel=20, sample_rate=RATE, hop=128)
+    data = unit_mel_recordings(recordings([MELODY]), coder, config)
+    assert len(data[0].codes) == len(data[0].condition) == 250
+    codes, mel = MelCrops(data, batch=3, length=40)(0)
+    assert codes.shape == (3, 40) and mel.shape == (3, 40, 20)
+    for row, frames in zip(codes, mel, strict=True):
+        at = next(i for i in range(211) if torch.equal(data[0].condition[i : i + 40], frames))
+        assert torch.equal(data[0].codes[at : at + 40], row)
 
 
 def test_units_to_mel_to_sound(coder, tmp_path):
