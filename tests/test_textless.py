@@ -238,7 +238,7 @@ def test_units_to_mel_to_sound(coder, tmp_path):
     model = UnitToMel(UnitToMelConfig(n_code=12, n_mel=20, n_embd=32, sample_rate=RATE, hop=128))
     codes, mel = coder.encode(MELODY[None, :8192]), mel_frames(MELODY[None, :8192], model.config)
     assert mel.shape == (1, 64, 20) and 0.1 < mel.std() < 1
-    config = settings(tmp_path, steps=80, batch=1, lr=1e-2)
+    config = settings(tmp_path, steps=60, batch=1, lr=1e-2)
     fit(model, lambda step: (codes.long(), mel), config, task=Objective(mel_error))
     model.eval()
     made = model.generate(codes)
@@ -261,13 +261,13 @@ def test_tones_through_a_wavenet_keep_their_pitch(tmp_path):
     scale, data = range(55, 79), notes(range(55, 79))
     torch.manual_seed(0)
     coder = PatchCodes(PatchCodesConfig(n_code=256, n_fft=1024, hop=256, patch_frames=1, hidden=256, sample_rate=RATE))
-    learn(coder, data, settings(tmp_path / "coder", steps=800, batch=16))
+    learn(coder, data, settings(tmp_path / "coder", steps=500, batch=16))
     coder.eval()
     size = {"residual_channels": 32, "skip_channels": 64, "head_channels": 64, "condition_channels": 256}
     wavenet = WaveNet(dataclasses.replace(WAVE, n_layer=9, dilation_cycle=9, condition_hop=256, **size))
     sounds = unit_recordings(data, coder, wavenet, context=512)
-    crops = ConditionedCrops(sounds, 256, batch=8, length=1024, context=512)
-    fit(wavenet, crops, settings(tmp_path / "wave", steps=1500, batch=8, context=512, lr=4e-3))
+    crops = ConditionedCrops(sounds, 256, batch=4, length=512, context=512)
+    fit(wavenet, crops, settings(tmp_path / "wave", steps=600, batch=4, length=512, context=512, lr=4e-3))
     decoder = UnitWaveNet(wavenet)
     made = {midi: decoder.decode(coder.encode(note(midi)[None]), temperature=0.5)[0] for midi in scale}
     off = np.array([cents_off(sound, midi) for midi, sound in made.items()])

@@ -2,8 +2,8 @@
 
 An `Encoder` is a PatchCodes (patch_codes.py), a level of a VQVAE (vq_vae.py), a SimCLR (simclr.py), or one of the
 adapters here: a VGG that was trained to tag (`VGGEncoder`), a code language model (`CodeLMEncoder`), or a wav2vec 2.0,
-HuBERT or EnCodec of Hugging Face's transformers from a local folder (`HuggingFaceEncoder`). A `Decoder` is a PatchCodes,
-a level of a VQVAE, or one of unit_decoder.py.
+HuBERT or EnCodec of Hugging Face's transformers from a local folder (`HuggingFaceEncoder`). A `Decoder` is a
+PatchCodes, a level of a VQVAE, or one of unit_decoder.py.
 """
 
 from __future__ import annotations
