@@ -88,9 +88,9 @@ def test_greedy_codes_are_the_argmax_of_the_full_pass():
 
 def test_draws_follow_the_distribution_and_the_seed():
     model = tiny(n_class=4)
-    codes = model.generate(1, batch=4000)[:, 0]
+    codes = model.generate(1, batch=2000)[:, 0]
     expected = model(torch.tensor([[2]]))[0, 0].softmax(0)
-    assert torch.allclose(torch.bincount(codes.long(), minlength=4) / 4000, expected, atol=0.03)
+    assert torch.allclose(torch.bincount(codes.long(), minlength=4) / 2000, expected, atol=0.04)
     assert torch.equal(model.generate(100, seed=1, batch=2)[:1], model.generate(100, seed=1))
     assert not torch.equal(model.generate(100, seed=1), model.generate(100, seed=2))
     long = model.generate(100, seed=3)
@@ -113,7 +113,7 @@ def test_it_learns_what_a_bigram_cannot(tmp_path):
     torch.manual_seed(0)
     model = CodeLM(dataclasses.replace(TINY, n_embd=32, window=8))
     config = TrainConfig(
-        out=str(tmp_path), steps=200, batch=16, length=32, context=8, lr=1e-2, warmup=20, save_every=0,
+        out=str(tmp_path), steps=150, batch=16, length=32, context=8, lr=1e-2, warmup=20, save_every=0,
         tensorboard=False, progress=False,
     )  # fmt: skip
     fit(model, Crops(train, batch=16, length=32, context=8), config)

@@ -16,12 +16,14 @@ from audiomodels.pretrained import ModelError
 from audiomodels.train import Objective, TrainConfig, fit
 from audiomodels.unit_decoder import (
     ConditionedCrops,
+    MelCrops,
     MelWaveNet,
     UnitToMel,
     UnitToMelConfig,
     UnitWaveNet,
     mel_error,
     mel_frames,
+    unit_mel_recordings,
     unit_recordings,
 )
 from audiomodels.units import Durations, DurationsConfig, Units, UnitsConfig, collapsed
@@ -120,6 +122,15 @@ def test_again_is_the_same(folder):
     assert torch.equal(ours, theirs)
 
 
+def test_by_way_of_mel(tmp_path):
+    wave = dataclasses.replace(WAVE, condition_channels=80)
+    made = textless.train_units(recordings([MELODY]), training(tmp_path, decoder="mel", wavenet=wave))
+    models = textless.load(tmp_path)
+    assert isinstance(made.decoder, MelWaveNet) and isinstance(models.decoder, MelWaveNet)
+    ours, theirs = (textless.continue_sound(m, MELODY, 0.1) for m in (made, models))
+    assert torch.equal(ours, theirs) and len(ours) == len(MELODY) // 128 * 128 + 800
+
+
 def test_griffin_lim_needs_no_decoder(tmp_path):
     data = recordings([MELODY])
     textless.train_units(data, training(tmp_path, decoder="griffin-lim"))
@@ -210,13 +221,24 @@ def test_conditioned_crops_hold_the_condition_of_their_samples(coder):
         ConditionedCrops(data, 128, batch=1, length=128000, context=0)
 
 
+def test_mel_crops_pair_units_with_their_frames(coder):
+    config = UnitToMelConfig(n_code=12, n_mel=20, sample_rate=RATE, hop=128)
+    data = unit_mel_recordings(recordings([MELODY]), coder, config)
+    assert len(data[0].codes) == len(data[0].condition) == 250
+    codes, mel = MelCrops(data, batch=3, length=40)(0)
+    assert codes.shape == (3, 40) and mel.shape == (3, 40, 20)
+    for row, frames in zip(codes, mel, strict=True):
+        at = next(i for i in range(211) if torch.equal(data[0].condition[i : i + 40], frames))
+        assert torch.equal(data[0].codes[at : at + 40], row)
+
+
 def test_units_to_mel_to_sound(coder, tmp_path):
     """What it learns: the mel frames of a melody from its codes, each frame fed back."""
     torch.manual_seed(0)
     model = UnitToMel(UnitToMelConfig(n_code=12, n_mel=20, n_embd=32, sample_rate=RATE, hop=128))
     codes, mel = coder.encode(MELODY[None, :8192]), mel_frames(MELODY[None, :8192], model.config)
     assert mel.shape == (1, 64, 20) and 0.1 < mel.std() < 1
-    config = settings(tmp_path, steps=80, batch=1, lr=1e-2)
+    config = settings(tmp_path, steps=60, batch=1, lr=1e-2)
     fit(model, lambda step: (codes.long(), mel), config, task=Objective(mel_error))
     model.eval()
     made = model.generate(codes)
@@ -239,13 +261,13 @@ def test_tones_through_a_wavenet_keep_their_pitch(tmp_path):
     scale, data = range(55, 79), notes(range(55, 79))
     torch.manual_seed(0)
     coder = PatchCodes(PatchCodesConfig(n_code=256, n_fft=1024, hop=256, patch_frames=1, hidden=256, sample_rate=RATE))
-    learn(coder, data, settings(tmp_path / "coder", steps=800, batch=16))
+    learn(coder, data, settings(tmp_path / "coder", steps=500, batch=16))
     coder.eval()
     size = {"residual_channels": 32, "skip_channels": 64, "head_channels": 64, "condition_channels": 256}
     wavenet = WaveNet(dataclasses.replace(WAVE, n_layer=9, dilation_cycle=9, condition_hop=256, **size))
     sounds = unit_recordings(data, coder, wavenet, context=512)
-    crops = ConditionedCrops(sounds, 256, batch=8, length=1024, context=512)
-    fit(wavenet, crops, settings(tmp_path / "wave", steps=1500, batch=8, context=512, lr=4e-3))
+    crops = ConditionedCrops(sounds, 256, batch=4, length=512, context=512)
+    fit(wavenet, crops, settings(tmp_path / "wave", steps=600, batch=4, length=512, context=512, lr=4e-3))
     decoder = UnitWaveNet(wavenet)
     made = {midi: decoder.decode(coder.encode(note(midi)[None]), temperature=0.5)[0] for midi in scale}
     off = np.array([cents_off(sound, midi) for midi, sound in made.items()])

@@ -18,7 +18,7 @@ LM = CodeLMConfig(n_layer=1, n_head=2, n_embd=16, window=16)
 
 
 def settings(out, **changes):
-    usual = {"steps": 70, "batch": 4, "length": 1024, "lr": 5e-3, "warmup": 10, "save_every": 0}
+    usual = {"steps": 90, "batch": 4, "length": 1024, "lr": 5e-3, "warmup": 10, "save_every": 0}
     return TrainConfig(**{"out": str(out), **usual, "tensorboard": False, "progress": False, **changes})
 
 

@@ -49,7 +49,7 @@ def clips() -> Path:
 @dataclass(frozen=True, eq=False)
 class Recording:
     """One recording. codes: (time,) integers; group: what must stay on one side of a split; label: its index in
-    Recordings.label_names; condition: (frames, channels) float32, filled by the models that use one."""
+    Recordings.label_names; condition: (frames, channels) float32 or codes (frames,), filled by models that use one."""
 
     name: str
     codes: Tensor

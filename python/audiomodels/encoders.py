@@ -1,9 +1,9 @@
 """From sound to rows of numbers and from codes to sound, whatever the method: the protocols, and adapters to them.
 
-An `Encoder` is a PatchCodes (patch_codes.py), a VQVAE (vq_vae.py), a SimCLR (simclr.py), or one of the adapters here: a
-VGG that was trained to tag (`VGGEncoder`), a code language model (`CodeLMEncoder`), or a wav2vec 2.0, HuBERT or EnCodec
-of Hugging Face's transformers from a local folder (`HuggingFaceEncoder`). A `Decoder` is a PatchCodes, a VQVAE, or one
-of unit_decoder.py.
+An `Encoder` is a PatchCodes (patch_codes.py), a level of a VQVAE (vq_vae.py), a SimCLR (simclr.py), or one of the
+adapters here: a VGG that was trained to tag (`VGGEncoder`), a code language model (`CodeLMEncoder`), or a wav2vec 2.0,
+HuBERT or EnCodec of Hugging Face's transformers from a local folder (`HuggingFaceEncoder`). A `Decoder` is a
+PatchCodes, a level of a VQVAE, or one of unit_decoder.py.
 """
 
 from __future__ import annotations

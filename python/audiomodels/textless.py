@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -29,13 +28,24 @@ from audiomodels.data import Crops, Recordings
 from audiomodels.encoders import Coder, Decoder, HuggingFaceEncoder
 from audiomodels.patch_codes import PatchCodes, PatchCodesConfig
 from audiomodels.pretrained import CONFIG, ModelError
-from audiomodels.train import TrainConfig, fit
-from audiomodels.unit_decoder import ConditionedCrops, UnitWaveNet, unit_recordings
+from audiomodels.train import Objective, TrainConfig, fit
+from audiomodels.unit_decoder import (
+    ConditionedCrops,
+    MelCrops,
+    MelWaveNet,
+    UnitToMel,
+    UnitToMelConfig,
+    UnitWaveNet,
+    mel_error,
+    mel_recordings,
+    unit_frames,
+    unit_mel_recordings,
+    unit_recordings,
+)
 from audiomodels.units import Durations, DurationsConfig, Units, collapsed
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 
-PARTS = ("coder", "lm", "durations", "decoder")
-logger = logging.getLogger(__name__)
+PARTS = ("coder", "lm", "durations")  # and a decoder, unless the coder is its own
 
 
 class Textless(NamedTuple):
@@ -59,8 +69,8 @@ class UnitTraining:
     """Folder of a wav2vec 2.0, HuBERT or EnCodec to take the units from; default: an autoencoder of patches."""
     layer: int | None = None
     """Of that encoder; default: its last."""
-    decoder: Literal["wavenet", "griffin-lim"] = "wavenet"
-    """griffin-lim: the autoencoder's own, quicker to make and duller."""
+    decoder: Literal["wavenet", "mel", "griffin-lim"] = "wavenet"
+    """wavenet: on the codes; mel: codes -> mel frames -> WaveNet; griffin-lim: the autoencoder's own, soonest made."""
     steps: int = 3000
     """Of each model."""
     batch: int = 8
@@ -105,17 +115,33 @@ def train_units(recordings: Recordings, training: UnitTraining) -> Textless:
 
     if training.decoder == "griffin-lim":
         return Textless(coder, lm, durations, coder)
-    options = {"condition_channels": training.n_code, "condition_hop": coder.hop, "n_label": 0}
+    return Textless(coder, lm, durations, _decoder(recordings, coder, training))
+
+
+def _decoder(recordings: Recordings, coder: Coder, training: UnitTraining) -> Decoder:
+    mel = UnitToMelConfig(n_code=training.n_code, sample_rate=coder.sample_rate, hop=coder.hop)
+    channels = mel.n_mel if training.decoder == "mel" else training.n_code
+    options = {"condition_channels": channels, "condition_hop": coder.hop, "n_label": 0}
     torch.manual_seed(training.seed)
-    wavenet = WaveNet(dataclasses.replace(training.wavenet, **options, **shared))
+    wavenet = WaveNet(dataclasses.replace(training.wavenet, sample_rate=coder.sample_rate, **options))
     frames = -(-wavenet.receptive_field // coder.hop)
-    length, context = max(1, -(-1600 // coder.hop)) * coder.hop, frames * coder.hop
-    data = unit_recordings(recordings, coder, wavenet, context=context)
+    length, context = -(-1600 // coder.hop) * coder.hop, frames * coder.hop
+    if training.decoder == "mel":
+        data = mel_recordings(recordings, mel, wavenet, context=context)
+    else:
+        data = unit_recordings(recordings, coder, wavenet, context=context)
     run = training.run("decoder", length=length, context=context)
-    crops = ConditionedCrops(data, coder.hop, batch=run.batch, length=length, context=context, seed=run.seed)
-    fit(wavenet, crops, run)
+    fit(wavenet, ConditionedCrops(data, coder.hop, batch=run.batch, length=length, context=context, seed=run.seed), run)
     wavenet.cpu().eval().save_pretrained(training.out / "decoder")
-    return Textless(coder, lm, durations, UnitWaveNet(wavenet))
+    if training.decoder != "mel":
+        return UnitWaveNet(wavenet)
+    torch.manual_seed(training.seed)
+    to_mel, data = UnitToMel(mel), unit_mel_recordings(recordings, coder, mel)
+    length = min(64, max(len(recording.codes) for recording in data))
+    run = training.run("to_mel", length=length, context=0)
+    fit(to_mel, MelCrops(data, batch=run.batch, length=length, seed=run.seed), run, task=Objective(mel_error))
+    to_mel.cpu().eval().save_pretrained(training.out / "to_mel")
+    return MelWaveNet(to_mel, wavenet)
 
 
 def _coder(recordings: Recordings, training: UnitTraining) -> Coder:
@@ -140,7 +166,7 @@ def _coder(recordings: Recordings, training: UnitTraining) -> Coder:
 def load(folder: str | Path) -> Textless:
     """The models in a folder that train_units wrote. Errors: ModelError that says what is missing or does not fit."""
     folder = Path(folder)
-    missing = [part for part in PARTS[:3] if not (folder / part / CONFIG).is_file()]
+    missing = [part for part in PARTS if not (folder / part / CONFIG).is_file()]
     if missing:
         raise ModelError(
             f"{folder}: no models to continue sound with ({', '.join(missing)} missing); none come with this package. "
@@ -160,8 +186,11 @@ def load(folder: str | Path) -> Textless:
             raise ModelError(f"{folder / part}: made for codebook {config.codebook}, but {folder / 'coder'} has {name}")
     decoder = coder
     if (folder / "decoder" / CONFIG).is_file():
-        decoder = UnitWaveNet(WaveNet.from_pretrained(folder / "decoder"))
-        if (decoder.n_code, decoder.hop) != (len(coder.codebook), coder.hop):
+        wavenet = WaveNet.from_pretrained(folder / "decoder")
+        to_mel = UnitToMel.from_pretrained(folder / "to_mel") if (folder / "to_mel" / CONFIG).is_file() else None
+        decoder = UnitWaveNet(wavenet) if to_mel is None else MelWaveNet(to_mel, wavenet)
+        n_code = wavenet.config.condition_channels if to_mel is None else to_mel.config.n_code
+        if (n_code, decoder.hop, decoder.sample_rate) != (len(coder.codebook), coder.hop, coder.sample_rate):
             raise ModelError(f"{folder / 'decoder'}: made for other units than {folder / 'coder'}")
     elif not isinstance(coder, PatchCodes):
         raise ModelError(f"{folder / 'decoder'}: no such model, and these units cannot be decoded without")
@@ -195,11 +224,10 @@ def continue_sound(
     if audio.ndim != 1 or len(audio) < hop:
         raise ValueError(f"audio must hold at least one code, {hop} samples in one channel, got {tuple(audio.shape)}")
     audio, n = audio[: len(audio) // hop * hop], max(1, round(seconds * coder.sample_rate))
-    codes = coder.encode(audio[None])[0]
-    codes = torch.cat([codes, codes[-1:].expand(max(0, len(audio) // hop - len(codes)))])
+    codes = unit_frames(coder, audio)
     new = continue_codes(models, codes, -(-n // hop), temperature=temperature, seed=seed)
     both = torch.cat([codes, new])[None]
-    if isinstance(models.decoder, UnitWaveNet):
+    if isinstance(models.decoder, UnitWaveNet | MelWaveNet):
         made = models.decoder.decode(both, prompt=audio[None], temperature=temperature, seed=seed, progress=progress)
     else:
         made = models.decoder.decode(both)[:, len(audio) :]

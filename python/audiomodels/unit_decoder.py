@@ -5,11 +5,13 @@
     MelWaveNet    UnitToMel, then a WaveNet whose condition is the mel frame
 
 UnitToMel is Tacotron's decoder (Wang et al. 2017, arXiv 1703.10135) without attention: a code already says which frame
-it is of. Both WaveNets train with train.fit on `ConditionedCrops`, UnitToMel with Objective(mel_error).
+it is of. Both WaveNets train with train.fit on `ConditionedCrops`, UnitToMel on `MelCrops` with Objective(mel_error).
 """
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch.nn import functional as F
 
 from audiomodels import features, quantize
 from audiomodels.codebook import check_codes
-from audiomodels.data import Recording, Recordings
+from audiomodels.data import Recordings
 from audiomodels.encoders import Coder
 from audiomodels.pretrained import Pretrained
 from audiomodels.wavenet import WaveNet
@@ -142,26 +144,54 @@ def mel_frames(audio: Tensor, config: UnitToMelConfig) -> Tensor:
     return ((power[:, :, :-1] + 1e-4).log10() / 4).transpose(1, 2)
 
 
+def unit_frames(coder: Coder, audio: Tensor) -> Tensor:
+    """Codes of each whole frame of audio (samples,): int64 (samples // hop,). Some encoders give a few frames less than
+    that: the last one is repeated."""
+    units, frames = coder.encode(audio[None])[0].long(), len(audio) // coder.hop
+    return torch.cat([units, units[-1:].expand(max(0, frames - len(units)))])[:frames]
+
+
 def unit_recordings(recordings: Recordings, coder: Coder, wavenet: WaveNet, *, context: int) -> Recordings:
-    """`recordings` in the wavenet's codes, with their units, one-hot, as condition; what ConditionedCrops takes.
+    """`recordings` in the codes of a UnitWaveNet's wavenet, with their units, one-hot, as condition.
 
     Silence is put before each, `context` samples rounded up to whole frames, and after it up to a whole frame.
     """
-    config, hop, rows = wavenet.config, coder.hop, []
-    if (config.sample_rate, config.condition_hop) != (coder.sample_rate, hop):
-        wanted, got = (coder.sample_rate, hop), (config.sample_rate, config.condition_hop)
-        raise ValueError(f"wavenet must have the coder's sample rate and hop, {wanted}, got {got}")
-    if config.condition_channels != len(coder.codebook):
-        raise ValueError(f"wavenet must have {len(coder.codebook)} condition channels, got {config.condition_channels}")
+    n_code = len(coder.codebook)
+    if (wavenet.config.condition_hop, wavenet.config.condition_channels) != (coder.hop, n_code):
+        got = (wavenet.config.condition_hop, wavenet.config.condition_channels)
+        raise ValueError(f"wavenet must have condition_hop and condition_channels {(coder.hop, n_code)}, got {got}")
+    frames = partial(unit_frames, coder)
+    return _conditioned(recordings, wavenet, lambda audio: F.one_hot(frames(audio), n_code).float(), context)
+
+
+def mel_recordings(recordings: Recordings, config: UnitToMelConfig, wavenet: WaveNet, *, context: int) -> Recordings:
+    """The same for the wavenet of a MelWaveNet: mel frames as condition."""
+    return _conditioned(recordings, wavenet, lambda audio: mel_frames(audio[None], config)[0], context)
+
+
+def _conditioned(
+    recordings: Recordings, wavenet: WaveNet, frames: Callable[[Tensor], Tensor], context: int
+) -> Recordings:
+    config, rows = wavenet.config, []
+    hop = config.condition_hop
+    if recordings.sample_rate != config.sample_rate:
+        raise ValueError(f"recordings must be at {config.sample_rate} Hz as the wavenet, got {recordings.sample_rate}")
     for recording in recordings:
         audio = quantize.decode(recording.codes, recordings.companding, recordings.n_class)
         audio = F.pad(audio, (-(-context // hop) * hop, -len(audio) % hop))
-        units, frames = coder.encode(audio[None])[0].long(), len(audio) // hop
-        units = torch.cat([units, units[-1:].expand(max(0, frames - len(units)))])  # some encoders give a few less
-        one_hot = F.one_hot(units[:frames], config.condition_channels).float()
         codes = quantize.encode(audio, config.companding, config.n_class)
-        rows.append(Recording(recording.name, codes, recording.group, recording.label, one_hot))
+        rows.append(replace(recording, codes=codes, condition=frames(audio)))
     return Recordings(rows, sample_rate=config.sample_rate, companding=config.companding, n_class=config.n_class)
+
+
+def unit_mel_recordings(recordings: Recordings, coder: Coder, config: UnitToMelConfig) -> Recordings:
+    """`recordings` as their units, with mel frames as condition: what MelCrops takes."""
+    rows = []
+    for recording in recordings:
+        audio = quantize.decode(recording.codes, recordings.companding, recordings.n_class)
+        audio = F.pad(audio, (0, -len(audio) % config.hop))
+        rows.append(replace(recording, codes=unit_frames(coder, audio), condition=mel_frames(audio[None], config)[0]))
+    return Recordings(rows, sample_rate=1, companding="codes", n_class=config.n_code)
 
 
 class ConditionedCrops:
@@ -193,3 +223,15 @@ class ConditionedCrops:
             codes.append(wave[first * self.hop :][: self.frames * self.hop + 1])
             condition.append(recording.condition[first : first + self.frames])
         return torch.stack(codes), {"condition": torch.stack(condition)}
+
+
+class MelCrops(ConditionedCrops):
+    """crops(step) -> (codes (batch, length), mel (batch, length, n_mel)) of unit_mel_recordings, for UnitToMel."""
+
+    def __init__(self, recordings: Recordings, *, batch: int, length: int, seed: int = 0):
+        super().__init__(recordings, 1, batch=batch, length=length, context=0, seed=seed)
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """The crops of training step `step`."""
+        codes, extra = super().__call__(step)
+        return codes[:, 1:], extra["condition"]
