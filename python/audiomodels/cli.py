@@ -107,8 +107,8 @@ class Demo(DemoConfig):
 class Train:
     """Train a WaveNet: any folder of audio, a manifest.jsonl, a .npz pack of codes, or one audio file.
 
-    `train --model sample_transformer`, `sample_rnn` and `wave_rnn` train other generators, `audio_transformer` and `cnn`
-    taggers; each of them has its own --help.
+    `train --model sample_transformer`, `sample_rnn` and `wave_rnn` train other generators, `audio_transformer` and
+    `cnn` taggers; each of them has its own --help.
 
     Into the folder OUT go checkpoints, log.jsonl and, at the end, `model` (for generate and evaluate), scores.json and
     report.png. The same command again goes on where it was stopped. Held out is the split "dev" of the data, or, where
