@@ -31,7 +31,6 @@ AK_INLINE VFloat step(const HaarPool& c, const HaarColumn& column, int64_t t) {
 template <class D, HaarMode mode, bool whole>
 AK_INLINE VFloat strip_sum(const HaarPool& c, const HaarColumn& column, int64_t strip) {
   Strip v;
-  AK_UNROLL
   for (int i = 0; i < kHaarStrip; i++) v[i] = step<D, mode, whole>(c, column, strip * kHaarStrip + i);
   return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
 }
@@ -108,16 +107,11 @@ AK_INLINE void block_means(const HaarPool& c, const HaarColumn& column, int64_t 
   const int64_t left = whole ? kHaarStrip : c.seqlen - strip * kHaarStrip;
   VFloat pairs[4], fours[2], eight{};
   if (column.low <= kHaarStripLevel) {
-    AK_UNROLL
     for (int i = 0; i < 8; i++) v[i] = step<D, HaarMode::block, whole>(c, column, strip * kHaarStrip + i);
-    AK_UNROLL
     for (int i = 0; i < 4; i++) pairs[i] = v[2 * i] + v[2 * i + 1];
-    AK_UNROLL
     for (int i = 0; i < 2; i++) fours[i] = pairs[2 * i] + pairs[2 * i + 1];
     eight = mean(fours[0] + fours[1], 3, left);
-    AK_UNROLL
     for (int i = 0; i < 2; i++) fours[i] = mean(fours[i], 2, left - 4 * i);
-    AK_UNROLL
     for (int i = 0; i < 4; i++) pairs[i] = mean(pairs[i], 1, left - 2 * i);
   }
   if (column.high > kHaarStripLevel) eight = select(level > 3, load(sums_of(c, column) + strip * kLanes), eight);
@@ -125,7 +119,6 @@ AK_INLINE void block_means(const HaarPool& c, const HaarColumn& column, int64_t 
     for (VFloat& out : v) out = eight;
     return;
   }
-  AK_UNROLL
   for (int i = 0; i < 8; i++) v[i] = select(level > 2, eight, select(level > 1, fours[i / 4], pairs[i / 2]));
 }
 
@@ -135,12 +128,10 @@ AK_INLINE void short_windows(const HaarPool& c, const HaarColumn& column, int64_
   constexpr int before = (1 << top) - 1, n = before + kHaarStrip;
   const VInt level = load_int(column.level);
   VFloat v[n];
-  AK_UNROLL
   for (int i = 0; i < n; i++) v[i] = step<D, mode, whole>(c, column, strip * kHaarStrip + i - before);
   AK_UNROLL
   for (int l = 1, half = 1; l <= top; l++, half *= 2) AK_UNROLL
   for (int i = n - 1; i >= 2 * half - 1; i--) v[i] += where(level >= splat_int(l), v[i - half]);
-  AK_UNROLL
   for (int i = 0; i < kHaarStrip; i++) sums[i] = v[before + i];
 }
 
@@ -151,19 +142,15 @@ AK_INLINE void long_windows(const HaarPool& c, const HaarColumn& column, int64_t
   const VInt level = load_int(column.level);
   const int64_t start = strip * kHaarStrip;
   const VFloat between = load(sums_of(c, column) + strip * kLanes);
-  AK_UNROLL
   for (int i = 0; i < kHaarStrip; i++) sums[i] = VFloat{};
   for (int l = column.low; l <= column.high; l++) {
     const int64_t back = start - (int64_t(1) << l);
     if (l <= kHaarStripLevel || back < 0) continue;
-    AK_UNROLL
     for (int i = 1; i < kHaarStrip; i++)
       sums[i - 1] += where(level == splat_int(l), step<D, mode, whole>(c, column, back + i));
   }
-  AK_UNROLL
   for (int i = kHaarStrip - 2; i >= 0; i--) sums[i] += sums[i + 1];
   VFloat here{};
-  AK_UNROLL
   for (int i = 0; i < kHaarStrip; i++) {
     here += step<D, mode, whole>(c, column, start + i);
     sums[i] = (sums[i] + between) + here;
@@ -184,11 +171,9 @@ AK_INLINE void window_means(const HaarPool& c, const HaarColumn& column, int64_t
     Strip sums;
     long_windows<D, mode, whole>(c, column, strip, sums);
     const VInt is_long = load_int(column.level) > kHaarStripLevel;
-    AK_UNROLL
     for (int i = 0; i < kHaarStrip; i++) v[i] = column.low > kHaarStripLevel ? sums[i] : select(is_long, sums[i], v[i]);
   }
   const VFloat width = load(column.width), scale = splat(1.0f) / width;
-  AK_UNROLL
   for (int i = 0; i < kHaarStrip; i++) {
     if (mode == HaarMode::window) v[i] *= scale;
     if (mode == HaarMode::count) v[i] /= min(splat(float(strip * kHaarStrip + i + 1)), width);
@@ -204,9 +189,7 @@ AK_INLINE void write_strip(const HaarPool& c, const HaarColumn& column, int64_t 
     window_means<D, mode, whole>(c, column, strip, v);
   typename D::Number* y = (typename D::Number*)c.y + strip * kHaarStrip * c.y_row + column.first;
   const int64_t steps = whole ? kHaarStrip : least(kHaarStrip, c.seqlen - strip * kHaarStrip);
-  AK_UNROLL
-  for (int i = 0; i < kHaarStrip; i++)
-    if (whole || i < steps) store_some<D>(y + i * c.y_row, v[i], whole ? kLanes : column.n);
+  for (int i = 0; i < steps; i++) store_some<D>(y + i * c.y_row, v[i], whole ? kLanes : column.n);
 }
 
 template <class D, HaarMode mode>
@@ -235,11 +218,11 @@ AK_INLINE void copy_steps(const HaarPool& c, int64_t first, int64_t last) {
   }
 }
 
-// Of what is read and of what is written.
+// A strip ahead, of what is read and of what is written.
 template <class D>
-AK_INLINE void prefetch_steps(const HaarPool& c, int64_t first, int64_t last) {
+AK_INLINE void prefetch_strip(const HaarPool& c, int64_t strip) {
   typedef typename D::Number Number;
-  for (int64_t t = first; t < least(c.seqlen, last); t++) {
+  for (int64_t t = strip * kHaarStrip; t < least(c.seqlen, (strip + 1) * kHaarStrip); t++) {
     const char* x = (const char*)((const Number*)c.x + t * c.x_row);
     const char* y = (const char*)((const Number*)c.y + t * c.y_row);
     for (int64_t i = 0; i < c.dim * int64_t(sizeof(Number)); i += 64) {
@@ -254,13 +237,9 @@ void write_part(const HaarPool& c, const HaarPart& part) {
   const bool in_place = c.y == c.x;
   for (int64_t i = part.first_strip; i < part.last_strip; i++) {
     const int64_t strip = in_place ? part.last_strip - 1 - (i - part.first_strip) : i;  // no window needs it any more
+    if (!in_place) prefetch_strip<D>(c, strip + 1);
     if (!in_place) copy_steps<D>(c, strip * kHaarStrip, least(c.seqlen, (strip + 1) * kHaarStrip));
-    for (int64_t k = part.first_column; k < part.last_column; k++) {
-      const int64_t ahead = (strip + 1) * kHaarStrip;  // a share of the next strip, while this column is computed
-      if (!in_place)
-        prefetch_steps<D>(c, ahead + kHaarStrip * k / c.n_columns, ahead + kHaarStrip * (k + 1) / c.n_columns);
-      write<D, mode>(c, c.columns[k], strip);
-    }
+    for (int64_t k = part.first_column; k < part.last_column; k++) write<D, mode>(c, c.columns[k], strip);
   }
 }
 
