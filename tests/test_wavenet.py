@@ -296,7 +296,7 @@ def test_config_is_normalised():
         (lambda m: m.generate(5, temperature=-1.0), "temperature"),
         (lambda m: m.generate(5, seed=-1), "seed"),
         (lambda m: m.generate(5, torch.tensor([64])), "codes must be in 0 .. 63"),
-        (lambda m: m.generate(5, dtype=torch.float16), "dtype"),
+        (lambda m: m.generate(5, dtype=torch.float64), "dtype"),
     ],
 )
 def test_wrong_calls(call, words):

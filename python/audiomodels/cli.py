@@ -42,10 +42,12 @@ from audiomodels._optional import require
 from audiomodels.audio import read_audio, write_audio
 from audiomodels.data import Crops, Recordings
 from audiomodels.demo import DemoConfig, DemoError, run
-from audiomodels.generator import Generator
 from audiomodels.pretrained import ModelError
 from audiomodels.registry import GENERATORS, load
+from audiomodels.sample_rnn import SampleRNNConfig
+from audiomodels.sample_transformer import SampleTransformerConfig
 from audiomodels.train import TrainConfig, TrainingError, fit, score_blocks, target_blocks
+from audiomodels.wave_rnn import WaveRNNConfig
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 
 tyro = require("tyro")
@@ -147,6 +149,27 @@ class Train:
         fig.savefig(out / "report.png")
         print(table(judged))
         print(f"{out / 'model'}: audiokernels generate {out / 'model'}")
+
+
+@dataclass
+class TrainSampleTransformer(Train):
+    """Train a SampleTransformer; else as train."""
+
+    model: SampleTransformerConfig = dataclasses.field(default_factory=SampleTransformerConfig)
+
+
+@dataclass
+class TrainSampleRNN(Train):
+    """Train a SampleRNN; else as train."""
+
+    model: SampleRNNConfig = dataclasses.field(default_factory=SampleRNNConfig)
+
+
+@dataclass
+class TrainWaveRNN(Train):
+    """Train a WaveRNN on 16-bit samples; else as train."""
+
+    model: WaveRNNConfig = dataclasses.field(default_factory=WaveRNNConfig)
 
 
 @dataclass
@@ -325,17 +348,13 @@ COMMANDS = {
     **continuing.COMMANDS,
     "bench": Bench,
 }
-
-
-def train_of(kind: type[Generator]) -> type[Train]:
-    """Train with the options --model.* of a kind of generator."""
-    sizes = ("model", kind.config_class, dataclasses.field(default_factory=kind.config_class))
-    made = dataclasses.make_dataclass("Train", [sizes], bases=(Train,))
-    made.__doc__ = Train.__doc__
-    return made
-
-
-TRAIN = {name: train_of(kind) for name, kind in GENERATORS.items()} | listening.TRAIN  # by --model
+TRAIN = {
+    "wavenet": Train,
+    "sample_transformer": TrainSampleTransformer,
+    "sample_rnn": TrainSampleRNN,
+    "wave_rnn": TrainWaveRNN,
+    **listening.TRAIN,
+}  # by --model
 
 
 def chosen(words: Sequence[str]) -> tuple[dict[str, type], list[str]]:
