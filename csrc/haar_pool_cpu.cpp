@@ -193,15 +193,9 @@ void haar_pool_(Tensor x, std::vector<int64_t> runs, bool causal, bool count) {
   if (x.numel() == 0) return;
   const HaarMode mode = haar_mode(causal, count, false);
   if (x.size(2) <= 1 || x.stride(2) == 1) return pool(x, x, runs, mode, false);
-  int64_t channel = 0;  // each run in a copy with adjacent channels
-  for (size_t i = 0; i < runs.size(); channel += runs[i + 1], i += 2) {
-    if (runs[i] == 0 || runs[i + 1] == 0) continue;
-    Tensor part = torch::stable::narrow(x, 2, channel, runs[i + 1]);
-    Tensor copy = torch::stable::contiguous(part);
-    if (copy.data_ptr() == part.data_ptr()) copy = torch::stable::clone(part);
-    pool(copy, copy, {runs[i], runs[i + 1]}, mode, false);
-    torch::stable::copy_(part, copy);
-  }
+  Tensor rows = torch::stable::contiguous(x);  // a copy, because the channels of x are not adjacent
+  pool(rows, rows, runs, mode, false);
+  torch::stable::copy_(x, rows);
 }
 
 }  // namespace
