@@ -13,6 +13,8 @@ multiplies a vector and no horizontal sum is ever needed:
 csrc/packed_product.h multiplies with them.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,23 @@ MAX_INPUTS = 65536  # 255 * 127 * inputs stays below 2^31
 
 def round_up(value: int, multiple: int) -> int:
     return (value + multiple - 1) // multiple * multiple
+
+
+def check_weights(weights: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise TypeError or ValueError unless these are float tensors of the names and shapes expected, on one device."""
+    if set(weights) != set(expected):
+        missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+        raise ValueError(f"weights must hold exactly {sorted(expected)}; missing {missing}, unknown {extra}")
+    devices = set()
+    for name, size in expected.items():
+        tensor = weights[name]
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"weights[{name!r}] must be a float tensor, got {getattr(tensor, 'dtype', type(tensor))}")
+        if tuple(tensor.shape) != size:
+            raise ValueError(f"weights[{name!r}] must have shape {size}, got {tuple(tensor.shape)}")
+        devices.add(tensor.device)
+    if len(devices) > 1:
+        raise ValueError(f"weights must lie on one device, got {sorted(map(str, devices))}")
 
 
 def matrix_bytes(dtype: torch.dtype, rows: int, taps: int, inputs: int) -> int:

@@ -28,6 +28,7 @@ from audiokernels._packing import (
     DTYPES,
     LANES,
     MAX_INPUTS,
+    check_weights,
     matrix_bytes,
     pack_matrix,
     pad,
@@ -310,19 +311,7 @@ def _shape_of(weights, n_head, window, positions, fusion, haar, dtype, hop) -> T
         for layer, width in enumerate(widths):
             rows = code if layer + 1 == len(widths) else context
             expected |= {f"context_weight_{layer}": (rows, context, width), f"context_bias_{layer}": (rows,)}
-    if set(weights) != set(expected):
-        missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
-        raise ValueError(f"weights must hold exactly {sorted(expected)}; missing {missing}, unknown {extra}")
-    devices = set()
-    for name, size in expected.items():
-        tensor = weights[name]
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"weights[{name!r}] must be a float tensor, got {getattr(tensor, 'dtype', type(tensor))}")
-        if tuple(tensor.shape) != size:
-            raise ValueError(f"weights[{name!r}] must have shape {size}, got {tuple(tensor.shape)}")
-        devices.add(tensor.device)
-    if len(devices) > 1:
-        raise ValueError(f"weights must lie on one device, got {sorted(map(str, devices))}")
+    check_weights(weights, expected)
     _check_sizes(n_class, n_layer, n_embd, n_head, {"inner": n_inner, "context": context, "code": code}, widths)
     if condition > MAX_INPUTS:
         raise ValueError(f"weights: condition channels must be at most {MAX_INPUTS}, got {condition}")

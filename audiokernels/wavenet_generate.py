@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from audiokernels._checks import refuse_grad
 from audiokernels._generation import (
     HEADER,
     check_generation,
@@ -99,9 +100,7 @@ def wavenet_generate(
         RuntimeError: an input requires grad while grad mode is on (generation has no gradient).
     """
     if torch.is_grad_enabled():
-        for name, tensor in (("state", state), ("uniforms", uniforms), ("condition", condition)):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                raise RuntimeError(f"wavenet_generate has no gradient: {name} requires grad; detach it or use no_grad")
+        refuse_grad("wavenet_generate", state=state, uniforms=uniforms, condition=condition)
     try:
         out, logits = _op(
             pack.data, pack.shape.to_ints(), state, uniforms, codes, condition, temperature, return_logits

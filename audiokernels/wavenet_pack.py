@@ -22,6 +22,7 @@ from audiokernels._packing import (
     DTYPES,
     LANES,
     MAX_INPUTS,
+    check_weights,
     matrix_bytes,
     pack_matrix,
     pad,
@@ -223,19 +224,7 @@ def _shape_of(weights: Mapping[str, Tensor], dilations: Sequence[int], dtype: to
     }
     if condition:
         expected["condition_weight"] = (n_layer, gate, condition)
-    if set(weights) != set(expected):
-        missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
-        raise ValueError(f"weights must hold exactly {sorted(expected)}; missing {missing}, unknown {extra}")
-    devices = set()
-    for name, size in expected.items():
-        tensor = weights[name]
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"weights[{name!r}] must be a float tensor, got {getattr(tensor, 'dtype', type(tensor))}")
-        if tuple(tensor.shape) != size:
-            raise ValueError(f"weights[{name!r}] must have shape {size}, got {tuple(tensor.shape)}")
-        devices.add(tensor.device)
-    if len(devices) > 1:
-        raise ValueError(f"weights must lie on one device, got {sorted(map(str, devices))}")
+    check_weights(weights, expected)
     if not 2 <= n_class <= 32768:
         raise ValueError(f"weights['embedding'] must have 2 .. 32768 rows (classes), got {n_class}")
     for name, size in (("residual", residual), ("hidden", hidden), ("skip", skip), ("head", head), ("width", width)):
