@@ -1,5 +1,7 @@
 """Fixtures shared by the tests."""
 
+import warnings
+
 import pytest
 
 
@@ -12,3 +14,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def call(capsys):
+    """call(*words) -> (exit code, standard output, standard error)."""
+
+    from audiomodels import cli
+
+    def call(*words) -> tuple[int, str, str]:
+        show = warnings.showwarning
+        try:
+            with pytest.raises(SystemExit) as exit:
+                cli.main([str(word) for word in words])
+        finally:
+            warnings.showwarning = show
+        out, err = capsys.readouterr()
+        return exit.value.code or 0, out, err
+
+    return call

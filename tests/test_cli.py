@@ -5,7 +5,6 @@ import math
 import re
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
@@ -22,23 +21,6 @@ SIZES = [word for name in ("residual", "skip", "head") for word in (f"--model.{n
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def call(capsys):
-    """call(*words) -> (exit code, standard output, standard error)."""
-
-    def call(*words) -> tuple[int, str, str]:
-        show = warnings.showwarning
-        try:
-            with pytest.raises(SystemExit) as exit:
-                cli.main([str(word) for word in words])
-        finally:
-            warnings.showwarning = show
-        out, err = capsys.readouterr()
-        return exit.value.code or 0, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
 """The commands around listening: train taggers, tag, spectrogram, plot-filters; one clear line for every mistake."""
 
 import json
-import warnings
 
 import pytest
 import torch
 
 pytest.importorskip("tyro")
-from audiomodels import cli
 from audiomodels.audio import write_audio
 from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
 from audiomodels.cnn import CNN
@@ -19,23 +17,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 RATE = 4000
 SMALL = ["--steps", 3, "--batch", 4, "--no-progress", "--no-tensorboard", "--model.sample-rate", RATE]
 SIZES = ["--model.n-layer", 2, "--model.patch", 100, "--model.n-filter", 32]
-
-
-@pytest.fixture
-def call(capsys):
-    """call(*words) -> (exit code, standard output, standard error)."""
-
-    def call(*words) -> tuple[int, str, str]:
-        show = warnings.showwarning
-        try:
-            with pytest.raises(SystemExit) as exit:
-                cli.main([str(word) for word in words])
-        finally:
-            warnings.showwarning = show
-        out, err = capsys.readouterr()
-        return exit.value.code or 0, out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")
