@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from audiomodels import bootstrap
-from audiomodels.bootstrap import TOP1, TOP5, Estimate
+from audiomodels.compare import bootstrap
+from audiomodels.compare.bootstrap import TOP1, TOP5, Estimate
 
 
 def units(nats, counts=None):

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 pytest.importorskip("tyro")
-from audiomodels import cli, demo
+from audiomodels import cli, demo, quantize
 from audiomodels.audio import read_audio, write_audio
+from audiomodels.commands import generators
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 
 import audiokernels
@@ -51,7 +52,7 @@ def test_generate(call, model, tmp_path):
     audio, rate = read_audio(tmp_path / "x.wav")
     assert rate == 8000 and len(audio) == 800
     codes = WaveNet.from_pretrained(model).generate(800, seed=5)
-    expected = cli.quantize.decode(codes[0], "mulaw", 256)
+    expected = quantize.decode(codes[0], "mulaw", 256)
     torch.testing.assert_close(audio, expected, rtol=0, atol=1 / 32768)
 
 
@@ -65,12 +66,12 @@ def test_generate_batch(call, model, data, tmp_path, dtype):
     assert not torch.equal(rows[0], rows[1])
     continued = WaveNet.from_pretrained(model).generate(
         400,
-        cli.quantize.encode(read_audio(data / "a.wav")[0], "mulaw", 256),
+        quantize.encode(read_audio(data / "a.wav")[0], "mulaw", 256),
         batch=3,
         temperature=0.8,
-        dtype=cli.DTYPES[dtype],
+        dtype=generators.DTYPES[dtype],
     )
-    torch.testing.assert_close(rows[2], cli.quantize.decode(continued[2], "mulaw", 256), rtol=0, atol=1 / 32768)
+    torch.testing.assert_close(rows[2], quantize.decode(continued[2], "mulaw", 256), rtol=0, atol=1 / 32768)
 
 
 def test_generate_resamples_a_prompt_with_a_notice(call, model, tmp_path):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("tyro")
-from audiomodels import cli, tagger_report
-from audiomodels.compare_taggers import PROTOCOLS, CompareTaggersConfig, TaggerComparison, rows
+from audiomodels import cli
+from audiomodels.compare import tagger_report
+from audiomodels.compare.taggers import PROTOCOLS, CompareTaggersConfig, TaggerComparison, rows
 from audiomodels.tag_data import TagClips
 from audiomodels.tagging import frame_ap, mean_average_precision, note_f1
 from tag_cases import corpus

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("soundfile")
 pytest.importorskip("scipy")
 import soundfile
-from audiomodels import corpus, corpus_piano, corpus_tools
-from audiomodels.corpus import CorpusConfig
-from audiomodels.corpus_tools import CorpusError, write_midi
+from audiomodels.corpus import builder, piano, tools
+from audiomodels.corpus.builder import CorpusConfig
+from audiomodels.corpus.tools import CorpusError, write_midi
 from audiomodels.data import Recordings, half_of, voice_sides
 
 RATE = 8000
@@ -35,7 +35,7 @@ def cache(tmp_path):
         soundfile.write(sounds / "silence.wav", np.zeros(16000), 16000)
         (sounds / "broken.wav").write_bytes(b"RIFF")
         (folder / f"voice-{voice}/.done").touch()
-    font = folder / "fluid-soundfont-gm" / corpus.SOUNDFONTS["fluid-soundfont-gm"][0]
+    font = folder / "fluid-soundfont-gm" / builder.SOUNDFONTS["fluid-soundfont-gm"][0]
     font.parent.mkdir(parents=True)
     font.touch()
     (folder / "fluid-soundfont-gm/.done").touch()
@@ -70,8 +70,8 @@ done
 """)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(corpus_piano, "candidates", lambda block: [(f"music21:{p}", p) for p in block["pieces"]])
-    monkeypatch.setattr(corpus_piano, "score_notes", lambda path: [(i / 2, i / 2 + 0.5, 60 + i % 7) for i in range(40)])
+    monkeypatch.setattr(piano, "candidates", lambda block: [(f"music21:{p}", p) for p in block["pieces"]])
+    monkeypatch.setattr(piano, "score_notes", lambda path: [(i / 2, i / 2 + 0.5, 60 + i % 7) for i in range(40)])
 
 
 def rows_of(folder):
@@ -79,7 +79,7 @@ def rows_of(folder):
 
 
 def built(tmp_path, cache, recipe, name="corpus", **options):
-    corpus.build(CorpusConfig(out=tmp_path / name, cache=cache, recipe=recipe, rate=RATE, jobs=1, **options))
+    builder.build(CorpusConfig(out=tmp_path / name, cache=cache, recipe=recipe, rate=RATE, jobs=1, **options))
     return tmp_path / name
 
 
@@ -139,8 +139,8 @@ def test_midi_bytes(tmp_path):
 def test_a_performance_can_be_played():
     """Within its time, one note of a key at a time, louder on top, the same from the same seed."""
     score = [(i / 4, i / 4 + 1.0, 48 + 12 * (i % 3)) for i in range(200)] + [(0.0, 2.0, 90)]
-    played, controls = corpus_piano.perform(sorted(score), random.Random(3), 20.0)
-    assert played == corpus_piano.perform(sorted(score), random.Random(3), 20.0)[0]
+    played, controls = piano.perform(sorted(score), random.Random(3), 20.0)
+    assert played == piano.perform(sorted(score), random.Random(3), 20.0)[0]
     assert played == sorted(played) and 20 < len(played) < 201
     for onset, offset, _, velocity, _ in played:
         assert 0 <= onset < offset <= 20.0 and 20 <= velocity <= 118
@@ -153,12 +153,12 @@ def test_a_performance_can_be_played():
 
 def test_trim_and_rate():
     audio = np.concatenate([np.zeros(RATE), 0.5 * np.ones(RATE), np.zeros(RATE)]).astype(np.float32)
-    assert len(corpus_tools.trim(audio, RATE, pad=0.05)) == RATE + 2 * int(0.05 * RATE)
-    assert len(corpus_tools.trim(np.zeros(RATE), RATE)) == 0
+    assert len(tools.trim(audio, RATE, pad=0.05)) == RATE + 2 * int(0.05 * RATE)
+    assert len(tools.trim(np.zeros(RATE), RATE)) == 0
     stereo = np.stack([audio, -audio], 1)
-    assert not corpus_tools.to_rate(stereo, RATE, RATE).any()
+    assert not tools.to_rate(stereo, RATE, RATE).any()
     tone = np.sin(np.arange(16000) * 0.05)
-    down = corpus_tools.to_rate(tone, 16000, 8000)
+    down = tools.to_rate(tone, 16000, 8000)
     assert len(down) == 8000 and np.abs(down[100:-100] - tone[200:-200:2]).max() < 0.01
 
 
@@ -166,8 +166,8 @@ def test_what_is_missing_is_named(tmp_path, cache, recipe, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CorpusError, match="apt-get is missing: apt-get install -y --no-install-recommends apt"):
         built(tmp_path, tmp_path / "empty", recipe, parts=("speech",))
-    monkeypatch.setattr(corpus_piano, "candidates", lambda block: [("music21:a/b.mxl", "")])
-    monkeypatch.setattr(corpus_piano, "score_notes", lambda path: [(i, i + 1, 60) for i in range(40)])
+    monkeypatch.setattr(piano, "candidates", lambda block: [("music21:a/b.mxl", "")])
+    monkeypatch.setattr(piano, "score_notes", lambda path: [(i, i + 1, 60) for i in range(40)])
     with pytest.raises(CorpusError, match="fluidsynth is missing: apt-get install"):
         built(tmp_path, cache, recipe, name="b", parts=("piano",))
     (cache / "voice-ann/sounds/x.g722").write_bytes(bytes(16000))
@@ -185,4 +185,4 @@ def test_wrong_options(tmp_path, cache, recipe):
         CorpusConfig(out=tmp_path, jobs=0)
     (tmp_path / "manifest.jsonl").touch()
     with pytest.raises(CorpusError, match="holds a corpus already"):
-        corpus.build(CorpusConfig(out=tmp_path, cache=cache))
+        builder.build(CorpusConfig(out=tmp_path, cache=cache))

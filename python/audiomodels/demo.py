@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import audiokernels
-from audiomodels import peers, plots, predictors, quantize
+from audiomodels import peers, plots, quantize
 from audiomodels.audio import write_audio
+from audiomodels.compare import predictors
 from audiomodels.data import Crops, Recordings, clips
 from audiomodels.train import History, Scores, TrainConfig, evaluate, fit
 from audiomodels.wavenet import WaveNet, WaveNetConfig

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from audiomodels import checkpoint, tagger_report
+from audiomodels import checkpoint
 from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
 from audiomodels.cnn import CNN, CNNConfig
-from audiomodels.compare import RESULT, commit, device_name, read, write
-from audiomodels.compare_rows import LEARNING_RATES
+from audiomodels.compare import tagger_report
+from audiomodels.compare.generator_rows import LEARNING_RATES
+from audiomodels.compare.generators import RESULT, commit, device_name, read, write
 from audiomodels.tag_data import TagClips, training_data
 from audiomodels.tagger import Tagger, TaggerConfig
 from audiomodels.tagging import Tagging, TagScores, score_clips, tag_scores

@@ -22,11 +22,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from audiomodels import checkpoint, compare_report, compare_rows
-from audiomodels.bootstrap import Units
-from audiomodels.compare_data import Data, load
-from audiomodels.compare_rows import LEARNING_RATES, PROTOCOLS, Row
-from audiomodels.compare_score import measured, model_units, position_bits, total, trivial_units
+from audiomodels import checkpoint
+from audiomodels.compare import generator_report, generator_rows
+from audiomodels.compare.bootstrap import Units
+from audiomodels.compare.generator_data import Data, load
+from audiomodels.compare.generator_rows import LEARNING_RATES, PROTOCOLS, Row
+from audiomodels.compare.score import measured, model_units, position_bits, total, trivial_units
 from audiomodels.data import Crops
 from audiomodels.train import History, Scores, TrainConfig, TrainingError, cross_entropy, fit, predict
 
@@ -109,10 +110,10 @@ class Comparison:
 
     def rows(self, companding: str) -> dict[str, Row]:
         """The rows asked for."""
-        table = compare_rows.rows(self.protocol, companding)
-        known = {**table, **compare_rows.data_sweep(table), **compare_rows.size_sweep(table)}
+        table = generator_rows.rows(self.protocol, companding)
+        known = {**table, **generator_rows.data_sweep(table), **generator_rows.size_sweep(table)}
         chosen = list(self.config.rows) or list(table)
-        sweeps = {"none": {}, "data": compare_rows.data_sweep(table), "size": compare_rows.size_sweep(table)}
+        sweeps = {"none": {}, "data": generator_rows.data_sweep(table), "size": generator_rows.size_sweep(table)}
         chosen += [name for name in sweeps[self.config.sweep] if name not in chosen]
         for name in chosen:
             if name not in known:
@@ -280,7 +281,7 @@ class Comparison:
         path = self.folder(part, companding) / "learning_rates.json"
         known = read(path) if path.is_file() else {}
         tried = known.setdefault(f"{family} at {self.targets}", {})
-        row = next(row for row in compare_rows.rows(self.protocol, companding).values() if row.family == family)
+        row = next(row for row in generator_rows.rows(self.protocol, companding).values() if row.family == family)
         for lr in LEARNING_RATES:
             if f"{lr:g}" not in tried:
                 out, data = path.parent / f"lr-{family}-{self.targets}-{lr:g}", self.load(part, companding)
@@ -419,7 +420,7 @@ class Comparison:
         speed = {record["row"]: record for record in map(read, sorted(found.glob(f"{name}-speed/*.json")))}
         if runs or trivial:
             place = self.config.results or self.config.out
-            compare_report.write_all(place, {"rows": runs, "trivial": trivial, "speed": speed}, self.protocol)
+            generator_report.write_all(place, {"rows": runs, "trivial": trivial, "speed": speed}, self.protocol)
 
 
 def described(row: Row) -> dict[str, Any]:

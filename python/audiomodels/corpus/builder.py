@@ -10,7 +10,7 @@
 Debian packages are downloaded with `apt-get download` into a cache and unpacked there; nothing is installed. It needs
 `apt-get install ffmpeg fluidsynth` and `pip install "audiokernels[corpus]"`. The licences named in the manifest are
 those of the packages' copyright files: look there before you redistribute a clip. Another part is another module
-corpus_<part>.py and a line in PARTS.
+<part>.py and a line in PARTS.
 """
 
 import collections
@@ -29,10 +29,10 @@ import numpy as np
 import torch
 
 from audiomodels._optional import require
-from audiomodels.corpus_piano import build_piano
-from audiomodels.corpus_recipe import QUICK, RECIPE, SOUNDFONTS
-from audiomodels.corpus_speech import build_speech
-from audiomodels.corpus_tools import CorpusError, Packages, save
+from audiomodels.corpus.piano import build_piano
+from audiomodels.corpus.recipe import QUICK, RECIPE, SOUNDFONTS
+from audiomodels.corpus.speech import build_speech
+from audiomodels.corpus.tools import CorpusError, Packages, save
 from audiomodels.quantize import mulaw_encode
 
 PARTS: dict[str, Callable[["Build", Any], None]] = {"piano": build_piano, "speech": build_speech}

@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("soundfile")
 pytest.importorskip("matplotlib")
 import torch
-from audiomodels import compare, compare_data, compare_report, compare_rows, compare_score, predictors
 from audiomodels.audio import AudioError, write_audio
-from audiomodels.compare import CompareConfig, Comparison
-from audiomodels.compare_report import Line, verdict
-from audiomodels.compare_rows import PROTOCOLS
+from audiomodels.compare import generator_data, generator_report, generator_rows, generators, predictors, score
+from audiomodels.compare.generator_report import Line, verdict
+from audiomodels.compare.generator_rows import PROTOCOLS
+from audiomodels.compare.generators import CompareConfig, Comparison
 from audiomodels.data import Recording, Recordings, voice_sides
 from audiomodels.train import TrainingError, evaluate
 from audiomodels.wavenet import WaveNet, WaveNetConfig
@@ -61,39 +61,39 @@ def echoing(*lengths, groups=None):
 
 def test_only_targets_with_enough_before_them_are_scored():
     recordings = echoing(300, 120, 500)
-    blocks = compare_score.seen_blocks(recordings, 200, 10_000)
+    blocks = score.seen_blocks(recordings, 200, 10_000)
     assert blocks == [(0, 200, 300), (2, 200, 500)]
-    units = compare_score.model_units(Echo(), recordings, sight=200, max_targets=10_000)
+    units = score.model_units(Echo(), recordings, sight=200, max_targets=10_000)
     assert sorted(units) == ["g0", "g2"] and [units[name][3] for name in ("g0", "g2")] == [100, 300]
     for nats, top1, top5, count in units.values():
         assert nats / count / math.log(2) == pytest.approx(HIT, abs=1e-6) and top1 == top5 == count
-    assert compare_score.total(units).bits == pytest.approx(HIT, abs=1e-6)
+    assert score.total(units).bits == pytest.approx(HIT, abs=1e-6)
     with pytest.raises(ValueError, match="targets after their first 500 samples"):
-        compare_score.seen_blocks(recordings, 500, 100)
+        score.seen_blocks(recordings, 500, 100)
 
 
 def test_units_are_groups_or_else_recordings():
     several = echoing(300, 300, 300, groups=["a", "a", "b"])
-    assert sorted(compare_score.model_units(Echo(), several, sight=50, max_targets=10_000)) == ["a", "b"]
+    assert sorted(score.model_units(Echo(), several, sight=50, max_targets=10_000)) == ["a", "b"]
     voice = echoing(300, 300, groups=["v", "v"])
-    assert sorted(compare_score.model_units(Echo(), voice, sight=50, max_targets=10_000)) == ["r0", "r1"]
+    assert sorted(score.model_units(Echo(), voice, sight=50, max_targets=10_000)) == ["r0", "r1"]
 
 
 def test_bits_by_position_are_of_the_same_targets():
     """A model that looks LAG back misses the first LAG targets where it sees nothing before them."""
-    bits = compare_score.position_bits(Echo(), echoing(300, 280), (0, 50, 150), length=50, windows=5)
+    bits = score.position_bits(Echo(), echoing(300, 280), (0, 50, 150), length=50, windows=5)
     assert bits[0] == pytest.approx((LAG * MISS + (50 - LAG) * HIT) / 50, abs=1e-5)
     assert bits[1:] == pytest.approx([HIT, HIT], abs=1e-5)
-    assert compare_score.position_bits(Echo(), echoing(100), (0, 100), length=50, windows=5) == [None, None]
+    assert score.position_bits(Echo(), echoing(100), (0, 100), length=50, windows=5) == [None, None]
 
 
 def test_trivial_rows_are_those_of_predictors():
     torch.manual_seed(0)
     rows = [Recording(f"r{i}", torch.randint(0, N_CLASS, (700,), dtype=torch.uint8), f"g{i}") for i in range(4)]
     train, test = (Recordings(part, sample_rate=1000, n_class=N_CLASS) for part in (rows[:2], rows[2:]))
-    found = compare_score.trivial_units(train, test, sight=0, max_targets=10_000)
+    found = score.trivial_units(train, test, sight=0, max_targets=10_000)
     for name, scores in predictors.all_rows(train, test).items():
-        total = compare_score.total(found[name])
+        total = score.total(found[name])
         assert (total.top1, total.top5, total.n_target) == (scores.top1, scores.top5, scores.n_target)
         assert total.bits == pytest.approx(scores.bits, nan_ok=True)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -103,22 +103,22 @@ def test_model_units_equal_evaluate():
     torch.manual_seed(0)
     model = WaveNet(WaveNetConfig(n_layer=4, residual_channels=8, skip_channels=8, head_channels=8, n_class=N_CLASS))
     recordings = echoing(5000, 300)
-    units = compare_score.model_units(model, recordings, sight=0, max_targets=10_000)
+    units = score.model_units(model, recordings, sight=0, max_targets=10_000)
     whole = evaluate(model, recordings, context=model.receptive_field)
     part = evaluate(model, recordings[:1], context=0)
-    assert compare_score.total(units).n_target == whole.n_target
-    sight = compare_score.model_units(model, recordings, sight=model.receptive_field, max_targets=10_000)
-    assert compare_score.total(sight).n_target < whole.n_target and part.n_target == 5000
+    assert score.total(units).n_target == whole.n_target
+    sight = score.model_units(model, recordings, sight=model.receptive_field, max_targets=10_000)
+    assert score.total(sight).n_target < whole.n_target and part.n_target == 5000
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 30])
 def test_causality(ahead):
-    assert compare_score.causal(Echo(ahead), N_CLASS, length=300) is (ahead == 0)
+    assert score.causal(Echo(ahead), N_CLASS, length=300) is (ahead == 0)
 
 
 def test_no_batch_of_one():
     for n in range(1, 200):
-        size = compare_score.even_batch(n)
+        size = score.even_batch(n)
         assert 1 <= size <= 8 and (n == 1 or n % size != 1), n
 
 
@@ -126,7 +126,7 @@ def test_bytes_kept_for_the_backward_pass():
     x = torch.ones(1000, 10)
     model = nn.Linear(10, 20)
     # Linear keeps its input (its weight is no activation), exp its output, sum nothing
-    assert compare_score.measured(model, lambda: model(x).exp().sum()) == 4 * (1000 * 10 + 1000 * 20)
+    assert score.measured(model, lambda: model(x).exp().sum()) == 4 * (1000 * 10 + 1000 * 20)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -135,12 +135,12 @@ def test_bytes_kept_for_the_backward_pass():
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_rows(name):
     protocol = PROTOCOLS[name]
-    table = compare_rows.rows(protocol, "linear")
-    sweeps = {**compare_rows.data_sweep(table), **compare_rows.size_sweep(table)}
+    table = generator_rows.rows(protocol, "linear")
+    sweeps = {**generator_rows.data_sweep(table), **generator_rows.size_sweep(table)}
     assert len(table) == 11 and len(sweeps) == 10 and not set(table) & set(sweeps)
     for row in (table | sweeps).values():
         assert (row.config.companding, row.config.sample_rate) == ("linear", protocol.sample_rate)
-        assert compare.described(row) == json.loads(json.dumps(compare.described(row)))
+        assert generators.described(row) == json.loads(json.dumps(generators.described(row)))
     assert {r.share for r in sweeps.values()} == {1, 1 / 2, 1 / 4, 1 / 8}
     count = {name: row.config.n_parameter for name, row in table.items()}
     for control, like in (("transformer-wide", "transformer-context"), ("wavenet30-matched", "transformer-large")):
@@ -151,7 +151,7 @@ def test_rows(name):
 
 def test_paper_sizes():
     """reference: WaveNet of 10 and 30 layers with 128 channels, 1.12 and 3.10 million parameters."""
-    table = compare_rows.rows(PROTOCOLS["h100"], "mulaw")
+    table = generator_rows.rows(PROTOCOLS["h100"], "mulaw")
     assert table["wavenet10"].config.n_parameter == pytest.approx(1.12e6, rel=0.02)
     assert table["wavenet30"].config.n_parameter == pytest.approx(3.10e6, rel=0.01)
     assert table["transformer-context"].config.context == 4000
@@ -161,16 +161,16 @@ def test_paper_sizes():
 
 
 def test_matched_is_the_nearest():
-    table = compare_rows.rows(PROTOCOLS["compact"], "mulaw")
+    table = generator_rows.rows(PROTOCOLS["compact"], "mulaw")
     small, like = table["transformer-small"].config, table["transformer-context"].config
     for start in (small, replace(small, n_embd=256)):
-        found = compare_rows.matched(start, "n_embd", 8, like)
+        found = generator_rows.matched(start, "n_embd", 8, like)
         gaps = [abs(replace(small, n_embd=found.n_embd + d).n_parameter - like.n_parameter) for d in (-8, 0, 8)]
         assert min(gaps) == gaps[1]
 
 
 def test_a_shuffled_context_is_the_neighbours():
-    table = compare_rows.rows(PROTOCOLS["smoke"], "mulaw")
+    table = generator_rows.rows(PROTOCOLS["smoke"], "mulaw")
     torch.manual_seed(0)
     plain = table["transformer-context"].build().eval()
     torch.manual_seed(0)
@@ -196,8 +196,8 @@ def line(name, nats, *, seeds=(0, 1, 2), dev=(3.0, 3.0), floor=10.0, targets=100
         test = {f"u{i}": [100 * (nats + spread * (-1) ** i * i), 10, 50, 100] for i in range(10)}
         curve = [{"bits": bits} for bits in (9.0, *dev)]
         runs.append({"seed": seed, "targets": targets, "test": test, "curve": curve, "title": name})
-    test = compare_report.bootstrap.mean([run["test"] for run in runs])
-    bits = compare_report.bootstrap.bits(test)
+    test = generator_report.bootstrap.mean([run["test"] for run in runs])
+    bits = generator_report.bootstrap.bits(test)
     return Line(name, name, runs, test, bits, not bits.value < floor)
 
 
@@ -229,18 +229,18 @@ def test_undertrained_is_not_better_than_lpc():
     runs = [{**run, **kind, "row": name} for name, nats in (("a", 2.0), ("b", 2.2)) for run in line(name, nats).runs]
     floor = {"lpc64": {"u": [100 * 2.1, 0, 0, 100]}, "unigram": {"u": [100 * 1.0, 0, 0, 100]}}
     found = {"rows": runs, "trivial": [{**kind, "test": floor}]}
-    assert {row.name: row.undertrained for row in compare_report.lines_of(found, "piano", "mulaw")} == {
+    assert {row.name: row.undertrained for row in generator_report.lines_of(found, "piano", "mulaw")} == {
         "a": False,
         "b": True,
     }
     found["trivial"] = []  # nothing to be measured against
-    assert all(row.undertrained for row in compare_report.lines_of(found, "piano", "mulaw"))
+    assert all(row.undertrained for row in generator_report.lines_of(found, "piano", "mulaw"))
 
 
 def test_smoke_says_nothing():
     lines = [line("wavenet10", 2.0), line("wavenet30", 1.9)]
-    assert len(list(compare_report.orders(lines, COMPACT))) == 1
-    assert not list(compare_report.orders(lines, PROTOCOLS["smoke"]))
+    assert len(list(generator_report.orders(lines, COMPACT))) == 1
+    assert not list(generator_report.orders(lines, PROTOCOLS["smoke"]))
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def corpus(tmp_path_factory):
 
 
 def test_speech_is_split_by_voice(corpus, tmp_path):
-    data = compare_data.load(corpus, "speech", "linear", 8000, tmp_path)
+    data = generator_data.load(corpus, "speech", "linear", 8000, tmp_path)
     sides = [{r.group for r in split} for split in (data.train, data.dev, data.test)]
     assert [len(side) for side in sides] == [1, 1, 1] and len(set.union(*sides)) == 3
     assert {r.group: "test" for r in data.test}.items() <= voice_sides({f"voice:v{i}" for i in range(3)}).items()
@@ -280,21 +280,21 @@ def test_speech_is_split_by_voice(corpus, tmp_path):
 
 
 def test_data_is_kept_as_codes(corpus, tmp_path):
-    data = compare_data.load(corpus, "piano", "mulaw", 8000, tmp_path)
-    again = compare_data.load(None, "piano", "mulaw", 8000, tmp_path)  # without the corpus
+    data = generator_data.load(corpus, "piano", "mulaw", 8000, tmp_path)
+    again = generator_data.load(None, "piano", "mulaw", 8000, tmp_path)  # without the corpus
     assert again.digest == data.digest and [len(s) for s in (again.train, again.dev, again.test)] == [3, 2, 3]
     assert all(torch.equal(a.codes, b.codes) for a, b in zip(data.train, again.train, strict=True))
-    assert compare_data.load(corpus, "piano", "linear", 8000, tmp_path).digest != data.digest
+    assert generator_data.load(corpus, "piano", "linear", 8000, tmp_path).digest != data.digest
     assert data.facts["rendered"] and data.facts["test_groups"] == ["piece 3", "piece 5", "piece 7"]
     with pytest.raises(AudioError, match="no such file, and no --data"):
-        compare_data.load(None, "speech", "mulaw", 8000, tmp_path)
+        generator_data.load(None, "speech", "mulaw", 8000, tmp_path)
     (tmp_path / "piano-mulaw-8000.npz").write_bytes(b"PK")
     with pytest.raises(AudioError, match="not the data of a comparison"):
-        compare_data.load(corpus, "piano", "mulaw", 8000, tmp_path)
+        generator_data.load(corpus, "piano", "mulaw", 8000, tmp_path)
 
 
 def test_shares_of_the_data(corpus, tmp_path):
-    data = compare_data.load(corpus, "piano", "mulaw", 8000, tmp_path)
+    data = generator_data.load(corpus, "piano", "mulaw", 8000, tmp_path)
     sizes = [data.fraction(share).n_sample for share in (1 / 8, 1 / 4, 1 / 2, 1)]
     assert sizes == [round(data.train.n_sample * share) for share in (1 / 8, 1 / 4, 1 / 2, 1)]
     less, more = data.fraction(1 / 4)[0], data.fraction(1 / 2)[0]
@@ -325,7 +325,7 @@ def test_results_hold_what_a_claim_needs(done):
     runs = results(done)
     assert sorted(runs) == ["samplernn", "wavenet10"]
     run = runs["wavenet10"]
-    assert run["targets"] == 2560 and run["steps"] == 10 and run["lr"] in compare_rows.LEARNING_RATES
+    assert run["targets"] == 2560 and run["steps"] == 10 and run["lr"] in generator_rows.LEARNING_RATES
     assert [point["targets"] for point in run["curve"]] == [256 * (i + 1) for i in range(10)]
     assert 0 < run["curve"][0]["seconds"] < run["curve"][-1]["seconds"] == run["training_seconds"]
     assert run["bits"]["low"] <= run["bits"]["value"] <= run["bits"]["high"]
@@ -358,7 +358,7 @@ def test_stopped_runs_end_in_the_same_bits(done, corpus, tmp_path, monkeypatch, 
         comparison = smoke(corpus, tmp_path, rows=("wavenet10",))
         comparison.deadline, clock = 4, itertools.count()
         with monkeypatch.context() as patch:
-            patch.setattr(compare.time, "monotonic", clock.__next__)
+            patch.setattr(generators.time, "monotonic", clock.__next__)
             comparison.run()
         if "the time is up" not in capsys.readouterr().out:
             break
@@ -371,15 +371,15 @@ def test_stopped_runs_end_in_the_same_bits(done, corpus, tmp_path, monkeypatch, 
 
 def test_reproduce(done, corpus, tmp_path):
     options = {"data": corpus, "out": tmp_path, "device": "cpu"}
-    before, again = compare.reproduce(done / "generators.json", "wavenet10", 0, "piano", "mulaw", **options)
+    before, again = generators.reproduce(done / "generators.json", "wavenet10", 0, "piano", "mulaw", **options)
     assert before == again
     with pytest.raises(ValueError, match=r"must be one of .*samplernn 0 piano mulaw.*, got wavenet30 0 piano mulaw"):
-        compare.reproduce(done / "generators.json", "wavenet30", 0, "piano", "mulaw", **options)
+        generators.reproduce(done / "generators.json", "wavenet30", 0, "piano", "mulaw", **options)
     text = (done / "generators.json").read_text()
     digest = results(done)["wavenet10"]["data"]["hash"]
     (tmp_path / "other.json").write_text(text.replace(digest, "0" * 64))
     with pytest.raises(ValueError, match="data must be that of the recorded run, 0000"):
-        compare.reproduce(tmp_path / "other.json", "wavenet10", 0, "piano", "mulaw", **options)
+        generators.reproduce(tmp_path / "other.json", "wavenet10", 0, "piano", "mulaw", **options)
 
 
 def test_calibration_fits_the_budget(corpus, tmp_path, monkeypatch):

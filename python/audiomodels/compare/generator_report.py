@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from audiomodels import bootstrap, plots
-from audiomodels.bootstrap import TOP1, TOP5, Estimate, Units
-from audiomodels.compare_rows import Protocol
+from audiomodels import plots
+from audiomodels.compare import bootstrap
+from audiomodels.compare.bootstrap import TOP1, TOP5, Estimate, Units
+from audiomodels.compare.generator_rows import Protocol
 
 SEEDS_FOR_AN_ORDER = 3
 FLOOR = "lpc64"

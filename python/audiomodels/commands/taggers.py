@@ -14,7 +14,7 @@ from audiomodels._optional import require
 from audiomodels.audio import read_audio
 from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
 from audiomodels.cnn import CNN, CNNConfig
-from audiomodels.compare_taggers import CompareTaggersConfig, TaggerComparison
+from audiomodels.compare.taggers import CompareTaggersConfig, TaggerComparison
 from audiomodels.data import clips, rows_of
 from audiomodels.registry import load
 from audiomodels.tag_data import training_data

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from audiomodels.corpus_tools import CorpusError, digest, load, trim
+from audiomodels.corpus.tools import CorpusError, digest, load, trim
 from audiomodels.data import voice_sides
 
 LEAST_SECONDS, MOST_SECONDS = 0.4, 20.0

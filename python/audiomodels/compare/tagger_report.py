@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from audiomodels import plots
-from audiomodels.bootstrap import LEVEL, Estimate, draws
-from audiomodels.compare_report import SEEDS_FOR_AN_ORDER, form, replace_text
+from audiomodels.compare.bootstrap import LEVEL, Estimate, draws
+from audiomodels.compare.generator_report import SEEDS_FOR_AN_ORDER, form, replace_text
 from audiomodels.tag_data import TagClips
 from audiomodels.tagging import frame_ap, mean_average_precision, note_f1
 

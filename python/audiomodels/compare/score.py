@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from audiomodels import predictors
-from audiomodels.bootstrap import Units
-from audiomodels.compare_data import unit_of
+from audiomodels.compare import predictors
+from audiomodels.compare.bootstrap import Units
+from audiomodels.compare.generator_data import unit_of
 from audiomodels.train import Scores, Tally, score_blocks, target_blocks
 
 Block = tuple[int, int, int]  # recording, first target, end

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from audiomodels._optional import require
-from audiomodels.corpus_tools import CorpusError, Note, digest, synthesize, trim, write_midi
+from audiomodels.corpus.tools import CorpusError, Note, digest, synthesize, trim, write_midi
 from audiomodels.data import half_of
 
 ScoreNote = tuple[float, float, int]  # onset, end (quarter notes), MIDI pitch
