@@ -14,7 +14,6 @@ import numpy as np
 
 from audiomodels._optional import require
 from audiomodels.corpus.tools import CorpusError, Note, digest, synthesize, trim, write_midi
-from audiomodels.data import half_of
 
 ScoreNote = tuple[float, float, int]  # onset, end (quarter notes), MIDI pitch
 Control = tuple[float, int, int, int]
@@ -26,6 +25,7 @@ def build_piano(build: Any, blocks: list[dict[str, Any]]) -> None:
     """Add pieces to the corpus until each block's minutes are reached."""
     for number, block in enumerate(blocks):
         total = 0.0
+        held: dict[str, float] = {"test": 0.0, "dev": 0.0}  # seconds
         share: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # composer: seconds in all, seconds in valid
         soundfont, font_license = build.soundfont(block["soundfont"])
         jobs = [
@@ -56,11 +56,14 @@ def build_piano(build: Any, blocks: list[dict[str, Any]]) -> None:
                 every, valid = share[composer]  # whole pieces, in hashed order, until the share is reached
                 held_out = valid + seconds / 2 < build.fraction * (every + seconds)
                 share[composer] = [every + seconds, valid + seconds * held_out]
+                split = min(held, key=held.__getitem__) if held_out else "train"  # dev and test grow alike
+                if held_out:
+                    held[split] += seconds
                 name = re.sub(r"\W+", "_", job["key"].split(":", 1)[1].rsplit(".", 1)[0])
                 path = build.add(
                     audio,
                     part="piano",
-                    split=half_of(job["key"]) if held_out else "train",
+                    split=split,
                     name=name if number == 0 else f"{name}_{number}",
                     group=job["key"],
                     labels=[composer],
