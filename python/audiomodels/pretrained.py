@@ -5,6 +5,7 @@ mixin's: the folder must exist, every tensor's name, shape and dtype is compared
 and no pickle is ever read, whatever the folder holds.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 from audiomodels._optional import require
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+SHIPPED = Path(__file__).parent / "checkpoints"  # models that come with the package, a folder and a card each
 T = TypeVar("T", bound="Pretrained")
 MAX_CONFIG_BYTES = 1 << 20
 # What a tensor of the model may be in a file: floats of any width; what counts or flags, as it is.
@@ -36,20 +38,28 @@ class Pretrained(require("huggingface_hub").PyTorchModelHubMixin):
 
     config_class: type
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> str | None:
-        """Write config.json and model.safetensors into a folder, which is made if need be (and a README.md card)."""
-        url = super().save_pretrained(save_directory, **options)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *, dtype: torch.dtype | None = None, **options: Any
+    ) -> str | None:
+        """Write config.json and model.safetensors into a folder, which is made if need be (and a README.md card).
+
+        dtype: torch.bfloat16 or float16 halves the file; from_pretrained gives float32 again. Default: as they are.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        model = self if dtype is None else copy.deepcopy(self).to(dtype)
+        url = super(Pretrained, model).save_pretrained(save_directory, **options)
         shutil.copymode(Path(save_directory) / CONFIG, Path(save_directory) / WEIGHTS)  # safetensors makes it 0600
         return url
 
     @classmethod
     def from_pretrained(cls: type[T], folder: str | os.PathLike, *, device: torch.device | str = "cpu") -> T:
-        """The model that `save_pretrained(folder)` wrote, in evaluation mode, with float32 weights.
+        """The model that `save_pretrained(folder)` wrote, or a shipped one by name, in evaluation mode, in float32.
 
         Raises:
             ModelError: no such folder, no such file, a damaged file, or one that belongs to another model.
         """
-        folder = Path(folder)
+        folder = model_folder(folder)
         config = _checked(read_config(folder), folder / CONFIG, cls.config_class)
         with torch.device("meta"):  # shapes only
             model = cls(config)
@@ -58,11 +68,28 @@ class Pretrained(require("huggingface_hub").PyTorchModelHubMixin):
         return model.eval()
 
 
+def shipped() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()) if SHIPPED.is_dir() else []
+
+
+def model_folder(name: str | os.PathLike) -> Path:
+    """A folder itself; for the name of a shipped model (shipped() lists them), the folder that it came in.
+
+    Raises:
+        ModelError: neither a folder nor such a name.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if str(name) in shipped():
+        return SHIPPED / str(name)
+    raise ModelError(f"{name}: no such folder, and none of the models shipped: {', '.join(shipped()) or 'none'}")
+
+
 def read_config(folder: str | os.PathLike) -> Any:
     """What the config.json of a model's folder holds, unchecked; ModelError where it cannot be read."""
-    path = Path(folder) / CONFIG
-    if not path.parent.is_dir():
-        raise ModelError(f"{folder}: no such folder; it must hold {CONFIG} and {WEIGHTS}, as save_pretrained writes")
+    path = model_folder(folder) / CONFIG
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     if path.stat().st_size > MAX_CONFIG_BYTES:

@@ -28,7 +28,7 @@ GENERATORS: dict[str, type[Generator]] = {
 def load(
     folder: str | os.PathLike, kinds: Mapping[str, type[T]] = GENERATORS, *, device: torch.device | str = "cpu"
 ) -> T:
-    """The model that `save_pretrained(folder)` wrote, whichever of `kinds` it is: the names in its config tell.
+    """The model that `save_pretrained(folder)` wrote, or a shipped one by name, by its config one of `kinds`.
 
     Raises:
         ModelError: as Pretrained.from_pretrained; also where the config is that of none of them.

@@ -1,8 +1,8 @@
 """What goes into the corpus: Debian packages, scores of music21's collection, limits, licences.
 
 A recipe is {"name", "valid_fraction", part: what the part's builder takes}; `build-corpus --recipe FILE` reads another
-one from JSON. valid_fraction: of the piano, held out by piece. language: a BCP-47 tag; speaker: a name for the voice, as
-far as the package tells.
+one from JSON. valid_fraction: of the piano, held out by piece. language: a BCP-47 tag; speaker: a name for the voice,
+as far as the package tells.
 """
 
 from typing import Any
