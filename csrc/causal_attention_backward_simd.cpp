@@ -5,7 +5,6 @@
 //   p = exp(scale q k' - lse)   dv = p' grad_out   ds = p * (grad_out v' - D)   dq = scale ds k   dk = scale ds' q
 // Keys lie in the lanes. A block of them meets all queries that see it, so dk and dv have one writer, and are panels;
 // dq is summed in memory, in the order of the keys.
-#if !defined(__AVX512VNNI__)  // float_isa() picks none of those objects
 #include "causal_attention_tile.h"
 
 namespace audiokernels {
@@ -243,4 +242,3 @@ void attention_write_dq(const AttentionBackward& call, int64_t first_unit, int64
 
 }  // namespace AUDIOKERNELS_ISA
 }  // namespace audiokernels
-#endif

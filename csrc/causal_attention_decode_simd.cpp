@@ -2,7 +2,6 @@
 //
 // Few queries do not fill the lanes: the channels lie in them. All queries of a kv head meet its keys a chunk at a
 // time, so that a chunk is read from memory once.
-#if !defined(__AVX512VNNI__)  // float_isa() picks none of those objects
 #include "causal_attention_tile.h"
 
 namespace audiokernels {
@@ -234,4 +233,3 @@ void attention_decode(const AttentionDecode& call, int64_t first_unit, int64_t l
 
 }  // namespace AUDIOKERNELS_ISA
 }  // namespace audiokernels
-#endif

@@ -5,7 +5,6 @@
 // in the queries. The reference of a query, which is taken from its scores before the exponential, is 0, or its score
 // with itself where that is large. It moves only when scores exceed it so far that a tile's sum shows it: exact,
 // without a maximum and mostly without a subtraction.
-#if !defined(__AVX512VNNI__)  // float_isa() picks none of those objects
 #include "causal_attention_tile.h"
 
 namespace audiokernels {
@@ -202,4 +201,3 @@ void attention_forward(const AttentionForward& call, int64_t first_unit, int64_t
 
 }  // namespace AUDIOKERNELS_ISA
 }  // namespace audiokernels
-#endif

@@ -49,7 +49,7 @@ struct RowDots {
   namespace isa {                                                                                \
   void dilated_conv_dots(DilatedConvDtype dtype, const RowDots& d, int64_t first, int64_t last); \
   }
-AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_DECLARE)
+AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_DECLARE)
 #undef AUDIOKERNELS_DECLARE
 
 }  // namespace audiokernels

@@ -12,8 +12,8 @@ constexpr int64_t kParallelWork = 1 << 17;  // multiply-adds below which a secon
 auto* pick_dots() {
 #define AUDIOKERNELS_CASE(name) \
   case Isa::name: return &name::dilated_conv_dots;
-  switch (isa()) {
-    AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_CASE)
+  switch (float_isa()) {
+    AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_CASE)
     default: return &generic::dilated_conv_dots;
   }
 #undef AUDIOKERNELS_CASE

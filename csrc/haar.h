@@ -18,9 +18,11 @@ struct HaarColumn {
   int64_t first;                  // channel
   int32_t n;                      // channels; lanes past them have the last one's level
   int32_t low, high;              // the least and the greatest level
+  uint64_t levels;                // bit l: a lane has level l
   int32_t sums;                   // its place in HaarPool::sums; -1 where no level is beyond a strip
   int32_t level[kHaarMostLanes];  // of every lane
   float width[kHaarMostLanes];    // causal: what a full window is divided by
+  float scale[kHaarMostLanes];    // 1 / width
 };
 
 enum class HaarMode { block, window, count, count_adjoint };  // window's adjoint is window on the reversed sequence
@@ -82,7 +84,7 @@ struct HaarUpdate {
   void haar_idwt(const HaarWavelet& call, int64_t first, int64_t last);                                        \
   void haar_pool_update(const HaarUpdate& call);                                                               \
   }
-AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_DECLARE)
+AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_DECLARE)
 #undef AUDIOKERNELS_DECLARE
 
 }  // namespace audiokernels

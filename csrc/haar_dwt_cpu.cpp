@@ -16,8 +16,8 @@ struct Kernels {
 Kernels pick_kernels() {
 #define AUDIOKERNELS_CASE(name) \
   case Isa::name: return {&name::haar_dwt, &name::haar_idwt};
-  switch (isa()) {
-    AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_CASE)
+  switch (float_isa()) {
+    AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_CASE)
     default: return {&generic::haar_dwt, &generic::haar_idwt};
   }
 #undef AUDIOKERNELS_CASE

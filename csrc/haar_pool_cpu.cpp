@@ -17,8 +17,8 @@ Kernels pick_kernels() {
   {name::haar_lanes(), &name::haar_pool_sums, &name::haar_pool_combine, &name::haar_pool_write}
 #define AUDIOKERNELS_CASE(name) \
   case Isa::name: return AUDIOKERNELS_KERNELS(name);
-  switch (isa()) {
-    AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_CASE)
+  switch (float_isa()) {
+    AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_CASE)
     default: return AUDIOKERNELS_KERNELS(generic);
   }
 #undef AUDIOKERNELS_CASE
@@ -61,7 +61,7 @@ struct Plan {
       const int level = runs[i] < 0 || runs[i] > whole ? whole : int(runs[i]);
       for (int64_t c = channel; c < channel + runs[i + 1]; c++) {
         if (columns.empty() || columns.back().n == lanes || columns.back().first + columns.back().n < c)
-          columns.push_back({c, 0, level, level, -1, {}, {}});
+          columns.push_back({c, 0, level, level, 0, -1, {}, {}, {}});
         add_lanes(columns.back(), level, float(width(runs[i], mode, seqlen)));
       }
     }
@@ -72,7 +72,9 @@ struct Plan {
 
  private:
   static void add_lanes(HaarColumn& column, int level, float width) {
-    for (int lane = column.n++; lane < kHaarMostLanes; lane++) column.level[lane] = level, column.width[lane] = width;
+    for (int lane = column.n++; lane < kHaarMostLanes; lane++)
+      column.level[lane] = level, column.width[lane] = width, column.scale[lane] = 1 / width;
+    column.levels |= uint64_t(1) << level;
     column.low = level < column.low ? level : column.low;
     column.high = level > column.high ? level : column.high;
   }

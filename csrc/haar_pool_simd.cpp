@@ -41,6 +41,8 @@ void strip_sums(const HaarPool& c, int64_t first, int64_t last) {
     for (int64_t i = 0; i < c.n_columns; i++) {
       const HaarColumn& column = c.columns[i];
       if (column.sums < 0) continue;
+      const auto* ahead = (const typename D::Number*)c.x + (strip + 2) * kHaarStrip * c.x_row + column.first;
+      for (int k = 0; k < kHaarStrip && strip + 2 < c.strips(); k++) __builtin_prefetch(ahead + k * c.x_row);
       const bool whole = (strip + 1) * kHaarStrip <= c.seqlen && column.n == kLanes;
       store(sums_of(c, column) + strip * kLanes,
             whole ? strip_sum<D, mode, true>(c, column, strip) : strip_sum<D, mode, false>(c, column, strip));
@@ -143,9 +145,11 @@ AK_INLINE void long_windows(const HaarPool& c, const HaarColumn& column, int64_t
   const int64_t start = strip * kHaarStrip;
   const VFloat between = load(sums_of(c, column) + strip * kLanes);
   for (int i = 0; i < kHaarStrip; i++) sums[i] = VFloat{};
-  for (int l = column.low; l <= column.high; l++) {
+  constexpr uint64_t within = (1 << (kHaarStripLevel + 1)) - 1;
+  for (uint64_t left = column.levels & ~within; left; left &= left - 1) {
+    const int l = __builtin_ctzll(left);
     const int64_t back = start - (int64_t(1) << l);
-    if (l <= kHaarStripLevel || back < 0) continue;
+    if (back < 0) break;
     for (int i = 1; i < kHaarStrip; i++)
       sums[i - 1] += where(level == splat_int(l), step<D, mode, whole>(c, column, back + i));
   }
@@ -173,7 +177,7 @@ AK_INLINE void window_means(const HaarPool& c, const HaarColumn& column, int64_t
     const VInt is_long = load_int(column.level) > kHaarStripLevel;
     for (int i = 0; i < kHaarStrip; i++) v[i] = column.low > kHaarStripLevel ? sums[i] : select(is_long, sums[i], v[i]);
   }
-  const VFloat width = load(column.width), scale = splat(1.0f) / width;
+  const VFloat width = load(column.width), scale = load(column.scale);
   for (int i = 0; i < kHaarStrip; i++) {
     if (mode == HaarMode::window) v[i] *= scale;
     if (mode == HaarMode::count) v[i] /= min(splat(float(strip * kHaarStrip + i + 1)), width);
@@ -213,7 +217,7 @@ AK_INLINE void copy_steps(const HaarPool& c, int64_t first, int64_t last) {
         const VInt v = load_int(x + i);
         memcpy(y + i, &v, sizeof v);
       }
-      memcpy(y + i, x + i, end - i);
+      if (i < end) memcpy(y + i, x + i, end - i);
     }
   }
 }

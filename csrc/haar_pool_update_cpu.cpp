@@ -10,8 +10,8 @@ using torch::headeronly::Half;
 auto* pick_update() {
 #define AUDIOKERNELS_CASE(name) \
   case Isa::name: return &name::haar_pool_update;
-  switch (isa()) {
-    AUDIOKERNELS_FOR_EACH_ISA(AUDIOKERNELS_CASE)
+  switch (float_isa()) {
+    AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_CASE)
     default: return &generic::haar_pool_update;
   }
 #undef AUDIOKERNELS_CASE

@@ -123,18 +123,36 @@ AK_INLINE VFloat multiply_add(VFloat a, VFloat b, VFloat c) {
 
 // ---- 16-bit floats, as their bits ----
 
-typedef uint16_t VHalf __attribute__((vector_size(2 * kLanes)));
-
-AK_INLINE VFloat load_bfloat16(const uint16_t* p) {
-  VHalf v;
+// Intrinsics, because gcc makes a __builtin_convertvector of two halves that it splits and joins.
+AK_INLINE VInt widen(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return (VInt)_mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (VInt)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  uint16_t v __attribute__((vector_size(2 * kLanes)));
   memcpy(&v, p, sizeof v);
-  return (VFloat)(__builtin_convertvector(v, VInt) << 16);
+  return __builtin_convertvector(v, VInt);
+#endif
 }
+AK_INLINE void narrow(uint16_t* p, VInt v) {  // the low halves
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtepi32_epi16(0xFFFF, (__m512i)v));
+#elif defined(__AVX2__)
+  const __m256i pairs = _mm256_packus_epi32((__m256i)(v & 0xFFFF), _mm256_setzero_si256());
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
+#else
+  typedef uint16_t VHalf __attribute__((vector_size(2 * kLanes)));
+  const VHalf half = __builtin_convertvector(v, VHalf);
+  memcpy(p, &half, sizeof half);
+#endif
+}
+
+AK_INLINE VFloat load_bfloat16(const uint16_t* p) { return (VFloat)(widen(p) << 16); }
 AK_INLINE void store_bfloat16(uint16_t* p, VFloat v) {  // to nearest, ties to even; NaN stays NaN
   const VInt bits = (VInt)v;
   const VInt rounded = (bits + splat_int(0x7FFF) + ((bits >> 16) & 1)) >> 16;
-  const VHalf half = __builtin_convertvector(v == v ? rounded : splat_int(0x7FC0), VHalf);
-  memcpy(p, &half, sizeof half);
+  narrow(p, v == v ? rounded : splat_int(0x7FC0));
 }
 
 AK_INLINE VFloat load_float16(const uint16_t* p) {

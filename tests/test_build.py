@@ -59,12 +59,12 @@ def test_objects_of_instruction_sets_share_no_code():
     if folder is None:
         pytest.skip("not built in this tree on x86-64")
     objects = [path for isa in folder.parents[1].glob("simd_*.dir") for path in isa.rglob("*.o")]
-    assert len(objects) == 5 * len(list((ROOT / "csrc").glob("*_simd.cpp")))
+    sources = list((ROOT / "csrc").glob("*_simd.cpp"))  # beyond AVX-512: those of packed weights; see float_isa()
+    assert len(objects) == 3 * len(sources) + 2 * sum(path.stem.endswith("_generate_simd") for path in sources)
     for path in objects:
         symbols = run("nm", "-C", path).stdout
         isa = re.search("simd_(.*)[.]dir", str(path))[1]
-        empty = "causal_attention" in path.name and isa in ("avx512_vnni", "avx512_bf16")  # float_isa() in isa.h
-        assert (f"audiokernels::{isa}::" in symbols) is not empty
+        assert f"audiokernels::{isa}::" in symbols
         assert not re.search(r" [WVu] ", symbols), f"{path.name} in {path.parent.parent.name} has weak symbols"
 
 
