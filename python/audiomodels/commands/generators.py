@@ -1,4 +1,4 @@
-"""Commands around generators: train, generate, evaluate, build-corpus, compare-generators, reproduce."""
+"""Commands around generators: train, generate, evaluate, comparisons."""
 
 import dataclasses
 import importlib
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
@@ -22,6 +23,7 @@ from audiomodels.compare import bootstrap, predictors, score
 from audiomodels.compare.generators import CompareConfig, Comparison, reproduce
 from audiomodels.corpus import builder
 from audiomodels.data import Crops, Recordings
+from audiomodels.generator import Generator
 from audiomodels.registry import GENERATORS, load
 from audiomodels.sample_rnn import SampleRNNConfig
 from audiomodels.sample_transformer import SampleTransformerConfig
@@ -114,6 +116,8 @@ class Generate:
     seconds: float = 4.0  # of new sound
     prompt: File = None  # audio file to continue; it is not part of the result
     temperature: float = 1.0  # 0: always the most probable sample
+    top_k: int | None = None  # draw only from so many most probable codes
+    top_p: float | None = None  # draw only from the fewest most probable codes that hold this share, for example 0.9
     seed: int = 0  # of the draws
     dtype: Literal["fp32", "bf16", "int8"] = "fp32"  # of the weights in the kernel
     batch: int = 1  # streams, each with draws of its own
@@ -125,13 +129,8 @@ class Generate:
             raise ValueError(f"--batch must be 1 .. 1024, got {self.batch}")
         if self.out.suffix.lower() not in (".wav", ".flac"):
             raise ValueError(f"--out must end in .wav or .flac, got {self.out}")
-        model = load(self.model)
-        config = model.config
-        if getattr(config, "condition_channels", 0) or getattr(config, "n_label", 0):
-            raise ValueError(
-                f"{self.model}: needs a condition or label, which only model.generate(...) in Python can take"
-            )
-        prompt = None
+        model = unconditional(self.model)
+        config, prompt = model.config, None
         if self.prompt is not None:
             audio, _ = read_audio(self.prompt, sample_rate=config.sample_rate)
             prompt = quantize.encode(audio, config.companding, config.n_class)
@@ -140,6 +139,8 @@ class Generate:
             n,
             prompt,
             temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
             seed=self.seed,
             batch=self.batch,
             dtype=DTYPES[self.dtype],
@@ -234,6 +235,14 @@ class Reproduce:
             print(f"{name:9} {bootstrap.bits(units).value:.6f} bits per sample")
         gap = bootstrap.difference(again, before)
         print(f"difference {gap.value:+.6f} [{gap.low:+.6f}, {gap.high:+.6f}]")
+
+
+def unconditional(folder: Path | str, kinds: Mapping[str, type[Generator]] = GENERATORS) -> Generator:
+    """The model in a folder, or a shipped one by name, of one of `kinds`, if it needs neither condition nor label."""
+    model = load(folder, kinds)
+    if getattr(model.config, "condition_channels", 0) or getattr(model.config, "n_label", 0):
+        raise ValueError(f"{folder}: needs a condition or label, which only model.generate(...) in Python can take")
+    return model
 
 
 def splits(source: Path, config: Any, split: str, part: str | None) -> tuple[Recordings, Recordings, str]:
