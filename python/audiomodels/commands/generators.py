@@ -1,4 +1,4 @@
-"""Commands around generators: train, generate, evaluate, comparisons."""
+"""Commands around generators: train, generate, conceal, evaluate, comparisons."""
 
 import dataclasses
 import importlib
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from audiomodels import checkpoint, plots, quantize
+from audiomodels import checkpoint, concealment, plots, quantize
 from audiomodels._optional import require
 from audiomodels.audio import read_audio, write_audio
 from audiomodels.compare import bootstrap, predictors, score
@@ -154,6 +154,70 @@ class Generate:
             print(name)
         rate = codes.numel() / took
         print(f"{rate:,.0f} samples/s, {rate / self.batch / config.sample_rate:.2f} x real time a stream")
+
+
+@dataclass
+class Conceal:
+    """Fill lost packets of a recording with what a generator says comes after the sound before them.
+
+    The gaps are given in seconds, or packets are dropped at random; what FILE holds there is not shown to the model. A
+    table and a picture compare it with silence, with repeating the last packet and with repeating the last period of
+    the sound: signal-to-noise ratio and log-spectral distance in the gaps.
+    """
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]  # audio file; read at the model's rate
+    gaps: Annotated[str | None, tyro.conf.arg(metavar="START:LENGTH,...")] = None  # what is lost, in seconds
+    loss_rate: float | None = None  # instead of --gaps: drop packets at random with this probability
+    packet_ms: float = 20.0  # length of a packet
+    model: str = "piano"  # model folder, or the name of a shipped model
+    out: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("out.wav")  # .wav or .flac; the picture is OUT.png
+    candidates: int = 8  # continuations to draw; the one that meets the sound after the gap best is taken
+    fade_ms: float = 5.0  # over which the filling gives way to the sound after the gap
+    temperature: float = 1.0  # 0: always the most probable sample
+    top_k: int | None = None  # draw only from so many most probable codes
+    top_p: float | None = None  # draw only from the fewest most probable codes that hold this share, for example 0.9
+    seed: int = 0  # of the lost packets and of the draws
+    dtype: Literal["fp32", "bf16", "int8"] = "fp32"  # of the weights in the kernel
+
+    def run(self) -> None:
+        if (self.gaps is None) == (self.loss_rate is None):
+            raise ValueError("exactly one of --gaps and --loss-rate must be given")
+        for name in ("packet_ms", "fade_ms"):
+            if not (0 if name == "fade_ms" else 0.1) <= getattr(self, name) <= 10_000:
+                raise ValueError(f"--{name.replace('_', '-')} is out of range, got {getattr(self, name):g}")
+        if self.out.suffix.lower() not in (".wav", ".flac"):
+            raise ValueError(f"--out must end in .wav or .flac, got {self.out}")
+        model = unconditional(self.model)
+        audio, rate = read_audio(self.file, sample_rate=model.config.sample_rate)
+        packet, fade = max(1, round(self.packet_ms * rate / 1000)), round(self.fade_ms * rate / 1000)
+        if self.gaps is not None:
+            gaps = concealment.parse_gaps(self.gaps, rate)
+        else:
+            gaps = concealment.lost_packets(len(audio), packet, self.loss_rate, self.seed)
+        gaps = concealment.check_gaps(gaps, len(audio))
+        lost = sum(gap.end - gap.start for gap in gaps)
+        print(f"{len(gaps):,} gaps, {1000 * lost / rate:,.0f} ms of {len(audio) / rate:.1f} s")
+        options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        fillers = {
+            type(model).__name__: concealment.generated(
+                model, candidates=self.candidates, seed=self.seed, dtype=DTYPES[self.dtype], **options
+            ),
+            "silence": concealment.silence,
+            "last packet": concealment.last_packet(packet),
+            "pitch period": concealment.pitch_period(rate),
+        }
+        filled = {name: concealment.conceal(audio, gaps, fade, fill, progress=True) for name, fill in fillers.items()}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_audio(self.out, filled[type(model).__name__], rate)
+        print(self.out)
+        if not any(audio[gap.start : gap.end].any() for gap in gaps):
+            print("the recording is silent in all gaps: nothing to compare with")
+            return
+        measures = {name: concealment.measure(audio, sound, gaps, rate) for name, sound in filled.items()}
+        print(concealment.table(measures))
+        picture = self.out.with_suffix(".png")
+        concealment.picture(audio, filled, measures, gaps, rate).savefig(picture)
+        print(picture)
 
 
 @dataclass
@@ -307,6 +371,7 @@ TRAIN = {
 COMMANDS = {
     "train": Train,
     "generate": Generate,
+    "conceal": Conceal,
     "evaluate": Evaluate,
     "build-corpus": BuildCorpus,
     "compare-generators": CompareGenerators,
