@@ -1,4 +1,4 @@
-"""Commands around generators: train, generate, conceal, evaluate, comparisons."""
+"""Commands around generators: train, generate, conceal, plot-attention, evaluate, comparisons."""
 
 import dataclasses
 import importlib
@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from audiomodels import checkpoint, concealment, plots, quantize
+from audiomodels import attention_lags, checkpoint, concealment, plots, quantize
 from audiomodels._optional import require
 from audiomodels.audio import read_audio, write_audio
 from audiomodels.compare import bootstrap, predictors, score
@@ -26,7 +26,7 @@ from audiomodels.data import Crops, Recordings
 from audiomodels.generator import Generator
 from audiomodels.registry import GENERATORS, load
 from audiomodels.sample_rnn import SampleRNNConfig
-from audiomodels.sample_transformer import SampleTransformerConfig
+from audiomodels.sample_transformer import SampleTransformer, SampleTransformerConfig
 from audiomodels.train import TrainConfig, fit, score_blocks, target_blocks
 from audiomodels.wave_rnn import WaveRNNConfig
 from audiomodels.wavenet import WaveNetConfig
@@ -221,6 +221,30 @@ class Conceal:
 
 
 @dataclass
+class PlotAttention:
+    """Draw how far back a SampleTransformer looks on a recording: attention mass over lag, of every layer and head."""
+
+    model: ModelFolder  # folder of a SampleTransformer, or the name of a shipped one
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]  # audio file; read at the model's rate
+    out: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("attention.png")
+    seconds: float = 4.0  # of the recording, from its start
+
+    def run(self) -> None:
+        if not 0 < self.seconds <= 600:
+            raise ValueError(f"--seconds must be above 0 and at most 600, got {self.seconds:g}")
+        model = unconditional(self.model, {"sample_transformer": SampleTransformer})
+        config = model.config
+        audio, rate = read_audio(self.file, sample_rate=config.sample_rate)
+        codes = quantize.encode(audio[: round(self.seconds * rate)], config.companding, config.n_class)
+        lags = attention_lags.attention_lags(model, codes)
+        print(attention_lags.table(lags))
+        print(f"mean over {len(codes) - config.n_layer * (config.window - 1):,} samples")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        attention_lags.picture(lags, f"{self.model.name} on {self.file.name}").savefig(self.out)
+        print(self.out)
+
+
+@dataclass
 class Evaluate:
     """Bits per sample, top-1 and top-5 of a model, beside the trivial predictors (counted on the training split).
 
@@ -372,6 +396,7 @@ COMMANDS = {
     "train": Train,
     "generate": Generate,
     "conceal": Conceal,
+    "plot-attention": PlotAttention,
     "evaluate": Evaluate,
     "build-corpus": BuildCorpus,
     "compare-generators": CompareGenerators,
