@@ -25,6 +25,8 @@ class WaveNetStream:
         state: NDArray[np.float32],
         seed: int,
         temperature: float,
+        top_k: int | None,
+        top_p: float | None,
         condition: NDArray[np.float32] | None,
     ) -> None: ...
     def read(self, n: int) -> NDArray[np.uint8] | NDArray[np.int16]: ...

@@ -11,6 +11,7 @@ from audiokernels.haar_levels import haar_levels
 from audiokernels.haar_pool import haar_pool, haar_pool_
 from audiokernels.haar_pool_update import haar_pool_state, haar_pool_update
 from audiokernels.philox import philox_uniform
+from audiokernels.sampling import Sampling
 from audiokernels.transformer_generate import transformer_generate, transformer_position, transformer_state
 from audiokernels.transformer_pack import TransformerPack, TransformerShape, transformer_pack
 from audiokernels.wavenet_generate import wavenet_generate, wavenet_position, wavenet_state
@@ -19,6 +20,7 @@ from audiokernels.wavenet_stream import WaveNetStream
 
 __all__ = [
     "Explanation",
+    "Sampling",
     "TransformerPack",
     "TransformerShape",
     "WaveNetPack",

@@ -1,4 +1,4 @@
-"""What the generators share: the head of a state, the drawing rule, and the checks of a call.
+"""What the generators share: the head of a state, and the checks of a call.
 
 A state is one float32 tensor (batch, n): position % 2^20, position // 2^20, last code, 13 unused numbers, then what the
 generator remembers. csrc/generation.h has the same constants.
@@ -39,17 +39,7 @@ def condition_frames(shape: Any, state: Tensor, n: int) -> int:
     return int((position_of(state) % shape.hop + n - 1).max()) // shape.hop + 1
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """Inverse CDF in float32: the first class whose cumulative probability exceeds the uniform number."""
-    if temperature == 0:
-        return logits.argmax(1)
-    p = torch.exp((logits - logits.amax(1, keepdim=True)) * (1 / temperature))
-    cdf = p.cumsum(1)
-    total = cdf[:, -1:]
-    return torch.minimum((cdf <= uniform[:, None] * total).sum(1), (cdf < total).sum(1))
-
-
-def check_generation(room, pack, floats, state, uniforms, codes, condition, temperature) -> None:
+def check_generation(room, pack, floats, state, uniforms, codes, condition) -> None:
     """Raise TypeError or ValueError for the first argument of <room>_generate that breaks a rule of types or shapes.
 
     Looks at no tensor's values, and so does not wait for a GPU. floats: numbers of a row of state. The pack's shape has
@@ -81,10 +71,6 @@ def check_generation(room, pack, floats, state, uniforms, codes, condition, temp
         raise ValueError(f"state must have shape {expected} for this pack and uniforms, got {tuple(state.shape)}")
     if state.numel() and state.stride(1) != 1:
         raise ValueError(f"state must be contiguous along its last dimension, got strides {state.stride()}")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
     if codes is not None and (codes.shape[0] != batch or codes.shape[1] > n):
         raise ValueError(f"codes must have shape ({batch}, m <= {n}), got {tuple(codes.shape)}")
     if (condition is None) != (shape.condition == 0):

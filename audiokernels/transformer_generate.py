@@ -22,7 +22,6 @@ from audiokernels._generation import (
     HEADER,
     check_generation,
     check_values,
-    draw,
     fresh_state,
     position_of,
     write_header,
@@ -30,11 +29,13 @@ from audiokernels._generation import (
 from audiokernels._library import lib
 from audiokernels._packing import LANES, round_up
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
+from audiokernels.sampling import Sampling
 from audiokernels.transformer_pack import KEY_BLOCK, TransformerPack, TransformerShape, transformer_unpack
 
 lib.define(
     "transformer_generate(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
-    "Tensor? condition, float temperature, bool return_logits) -> (Tensor, Tensor)"
+    "Tensor? condition, float temperature, bool return_logits, SymInt? top_k=None, float? top_p=None) -> "
+    "(Tensor, Tensor)"
 )
 
 NORM_EPSILON = 1e-5
@@ -92,6 +93,8 @@ def transformer_generate(
     codes: Tensor | None = None,
     condition: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     return_logits: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Draw the next n samples of every stream and advance `state` in place.
@@ -106,6 +109,8 @@ def transformer_generate(
             (i + 1) * hop - 1 of the stream. Pass the frames that these n samples touch, the first one being that of
             the state's position.
         temperature: >= 0; logits are divided by it; 0 takes the largest logit.
+        top_k, top_p: draw only from the k most probable classes, then only from the smallest set of most probable ones
+            that holds the share p of what is left; see Sampling.
         return_logits: also return the logits.
 
     Returns:
@@ -121,20 +126,20 @@ def transformer_generate(
     if torch.is_grad_enabled():
         refuse_grad("transformer_generate", state=state, uniforms=uniforms, condition=condition)
     try:
-        out, logits = _op(
-            pack.data, pack.shape.to_ints(), state, uniforms, codes, condition, temperature, return_logits
-        )
+        shape = pack.shape.to_ints()
+        out, logits = _op(pack.data, shape, state, uniforms, codes, condition, temperature, return_logits, top_k, top_p)
     except (RuntimeError, TypeError, ValueError, AttributeError):
-        check_call(pack, state, uniforms, codes, condition, temperature)
+        Sampling(temperature, top_k, top_p)
+        check_call(pack, state, uniforms, codes, condition)
         raise
     return (out, logits) if return_logits else out
 
 
-def check_call(pack, state, uniforms, codes, condition, temperature) -> None:
-    """Raise TypeError or ValueError for the first argument that breaks a rule of transformer_generate."""
+def check_call(pack, state, uniforms, codes, condition) -> None:
+    """Raise TypeError or ValueError for the first argument that breaks a rule; Sampling checks its own."""
     if not isinstance(pack, TransformerPack):
         raise TypeError(f"pack must be a TransformerPack, got {type(pack).__name__}")
-    check_generation("transformer", pack, state_floats(pack.shape), state, uniforms, codes, condition, temperature)
+    check_generation("transformer", pack, state_floats(pack.shape), state, uniforms, codes, condition)
     check_values("transformer", pack.shape, state, uniforms, codes, condition)
 
 
@@ -150,10 +155,13 @@ def transformer_generate_ref(
     condition: Tensor | None,
     temperature: float,
     return_logits: bool,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op in plain torch, any device: float32 arithmetic on the pack's weights, one step at a time."""
     shape = TransformerShape.from_ints(shape_ints)
-    check_call(TransformerPack(data, shape), state, uniforms, codes, condition, temperature)
+    sampling = Sampling(temperature, top_k, top_p)
+    check_call(TransformerPack(data, shape), state, uniforms, codes, condition)
     batch, n = uniforms.shape
     out = torch.empty(batch, n, dtype=shape.code_dtype, device=data.device)
     logits_out = torch.empty((batch, n, shape.n_class) if return_logits else (0,), device=data.device)
@@ -169,7 +177,7 @@ def transformer_generate_ref(
             touched = torch.div(position, shape.hop, rounding_mode="floor") - first
             frame = condition[torch.arange(batch, device=data.device), touched]
         logits = step(position, code, frame)
-        code = codes[:, t].to(torch.int64) if t < forced else draw(logits, uniforms[:, t], temperature)
+        code = codes[:, t].to(torch.int64) if t < forced else sampling.draw(logits, uniforms[:, t])
         out[:, t] = code.to(out.dtype)
         if return_logits:
             logits_out[:, t] = logits
@@ -281,7 +289,7 @@ def _norm(x: Tensor) -> Tensor:
 # ---- registrations
 
 
-def _fake(data, shape_ints, state, uniforms, codes, condition, temperature, return_logits):
+def _fake(data, shape_ints, state, uniforms, codes, condition, temperature, return_logits, *_):
     shape = TransformerShape.from_ints(shape_ints)
     torch._check(state.device == data.device and uniforms.device == data.device, lambda: "tensors on several devices")
     batch, n = uniforms.shape

@@ -19,7 +19,6 @@ from audiokernels._generation import (
     HEADER,
     check_generation,
     check_values,
-    draw,
     fresh_state,
     position_of,
     write_header,
@@ -27,16 +26,19 @@ from audiokernels._generation import (
 from audiokernels._library import C, C_error, lib
 from audiokernels._packing import LANES, round_up
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
+from audiokernels.sampling import Sampling
 from audiokernels.wavenet_pack import WaveNetPack, WaveNetShape, wavenet_unpack
 from audiokernels.wavenet_plan import WaveNetPlan, gpu_facts, wavenet_generate_plan
 
 lib.define(
     "wavenet_generate(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
-    "Tensor? condition, float temperature, bool return_logits) -> (Tensor, Tensor)"
+    "Tensor? condition, float temperature, bool return_logits, SymInt? top_k=None, float? top_p=None) -> "
+    "(Tensor, Tensor)"
 )
 lib.define(  # the kernels for GPUs; plan: WaveNetPlan.to_ints()
     "_wavenet_generate_cuda(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
-    "Tensor? condition, float temperature, bool return_logits, SymInt[] plan) -> (Tensor, Tensor)"
+    "Tensor? condition, float temperature, bool return_logits, SymInt? top_k, float? top_p, SymInt[] plan) -> "
+    "(Tensor, Tensor)"
 )
 lib.define("_wavenet_clusters(Tensor device, int[] shape, SymInt[] plan) -> SymInt")  # that the device runs at once
 
@@ -71,6 +73,8 @@ def wavenet_generate(
     codes: Tensor | None = None,
     condition: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     return_logits: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Draw the next n samples of every stream and advance `state` in place.
@@ -86,6 +90,8 @@ def wavenet_generate(
             the state's position. (On a GPU the position is not asked for: one frame too many is ignored, and where
             one is missing, the last one holds on.)
         temperature: >= 0; logits are divided by it; 0 takes the largest logit.
+        top_k, top_p: draw only from the k most probable classes, then only from the smallest set of most probable ones
+            that holds the share p of what is left; see Sampling.
         return_logits: also return the logits.
 
     Returns:
@@ -102,26 +108,26 @@ def wavenet_generate(
     if torch.is_grad_enabled():
         refuse_grad("wavenet_generate", state=state, uniforms=uniforms, condition=condition)
     try:
-        out, logits = _op(
-            pack.data, pack.shape.to_ints(), state, uniforms, codes, condition, temperature, return_logits
-        )
+        shape = pack.shape.to_ints()
+        out, logits = _op(pack.data, shape, state, uniforms, codes, condition, temperature, return_logits, top_k, top_p)
     except (RuntimeError, TypeError, ValueError, AttributeError):
-        check_call(pack, state, uniforms, codes, condition, temperature)
+        Sampling(temperature, top_k, top_p)
+        check_call(pack, state, uniforms, codes, condition)
         raise
     return (out, logits) if return_logits else out
 
 
-def check_call(pack, state, uniforms, codes, condition, temperature) -> None:
-    """Raise TypeError or ValueError for the first argument that breaks a rule of wavenet_generate."""
-    check_arguments(pack, state, uniforms, codes, condition, temperature)
+def check_call(pack, state, uniforms, codes, condition) -> None:
+    """Raise TypeError or ValueError for the first argument that breaks a rule; Sampling checks its own."""
+    check_arguments(pack, state, uniforms, codes, condition)
     check_values("wavenet", pack.shape, state, uniforms, codes, condition)
 
 
-def check_arguments(pack, state, uniforms, codes, condition, temperature) -> None:
+def check_arguments(pack, state, uniforms, codes, condition) -> None:
     """The part of check_call that looks at no tensor's values, and so does not wait for a GPU."""
     if not isinstance(pack, WaveNetPack):
         raise TypeError(f"pack must be a WaveNetPack, got {type(pack).__name__}")
-    check_generation("wavenet", pack, state_floats(pack.shape), state, uniforms, codes, condition, temperature)
+    check_generation("wavenet", pack, state_floats(pack.shape), state, uniforms, codes, condition)
 
 
 def wavenet_generate_ref(
@@ -133,10 +139,13 @@ def wavenet_generate_ref(
     condition: Tensor | None,
     temperature: float,
     return_logits: bool,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op in plain torch, any device: float32 arithmetic on the pack's weights, one step at a time."""
     shape = WaveNetShape.from_ints(shape_ints)
-    check_call(WaveNetPack(data, shape), state, uniforms, codes, condition, temperature)
+    sampling = Sampling(temperature, top_k, top_p)
+    check_call(WaveNetPack(data, shape), state, uniforms, codes, condition)
     batch, n = uniforms.shape
     out = torch.empty(batch, n, dtype=shape.code_dtype, device=data.device)
     logits_out = torch.empty((batch, n, shape.n_class) if return_logits else (0,), device=data.device)
@@ -172,7 +181,7 @@ def wavenet_generate_ref(
                 x = x + F.linear(h, w["res_weight"][layer], w["res_bias"][layer])
         head = F.relu(F.linear(F.relu(skip), w["head_weight"], w["head_bias"]))
         logits = F.linear(head, w["out_weight"], w["out_bias"])
-        code = codes[:, t].to(torch.int64) if t < forced else draw(logits, uniforms[:, t], temperature)
+        code = codes[:, t].to(torch.int64) if t < forced else sampling.draw(logits, uniforms[:, t])
         out[:, t] = code.to(out.dtype)
         if return_logits:
             logits_out[:, t] = logits
@@ -181,7 +190,7 @@ def wavenet_generate_ref(
     return out, logits_out
 
 
-def _fake(data, shape_ints, state, uniforms, codes, condition, temperature, return_logits):
+def _fake(data, shape_ints, state, uniforms, codes, condition, temperature, return_logits, *_):
     shape = WaveNetShape.from_ints(shape_ints)
     torch._check(state.device == data.device and uniforms.device == data.device, lambda: "tensors on several devices")
     batch, n = uniforms.shape
@@ -189,10 +198,12 @@ def _fake(data, shape_ints, state, uniforms, codes, condition, temperature, retu
     return out, uniforms.new_empty((batch, n, shape.n_class) if return_logits else (0,))
 
 
-def _launch(data, shape_ints, state, uniforms, codes, condition, temperature, return_logits):
+def _launch(data, shape_ints, state, uniforms, codes, condition, temperature, return_logits, *tops):
     """The op on a CUDA device: the kernel that the plan names. Waits for nothing, so that a graph can capture it."""
     shape = WaveNetShape.from_ints(shape_ints)
-    check_arguments(WaveNetPack(data, shape), state, uniforms, codes, condition, temperature)
+    top_k, top_p = (*tops, None, None)[:2]  # the dispatcher leaves out what has its default
+    Sampling(temperature, top_k, top_p)
+    check_arguments(WaveNetPack(data, shape), state, uniforms, codes, condition)
     batch, n = uniforms.shape
     if condition is not None and n:
         least, most = (n - 1) // shape.hop + 1, (n + shape.hop - 2) // shape.hop + 1  # by where in a frame it begins
@@ -202,7 +213,7 @@ def _launch(data, shape_ints, state, uniforms, codes, condition, temperature, re
             expected = f"({batch}, {least} .. {most}, {shape.condition})"
             raise ValueError(f"condition must have shape {expected} (hop {shape.hop}), got {tuple(condition.shape)}")
     plan = _plan(shape, uniforms)
-    arguments = (data, shape_ints, state, uniforms, codes, condition, temperature, return_logits)
+    arguments = (data, shape_ints, state, uniforms, codes, condition, temperature, return_logits, top_k, top_p)
     if plan.kernel == REFERENCE:
         return wavenet_generate_ref(*arguments)
     return _cuda_op(*arguments, plan.to_ints())
@@ -241,7 +252,7 @@ if _has_cuda_kernels():
     lib.impl("wavenet_generate", _launch, "CUDA")
 torch.library.register_fake("audiokernels::wavenet_generate", _fake, lib=lib)
 torch.library.register_fake("audiokernels::_wavenet_clusters", lambda device, shape, plan: 0, lib=lib)
-torch.library.register_fake("audiokernels::_wavenet_generate_cuda", lambda *call: _fake(*call[:-1]), lib=lib)
+torch.library.register_fake("audiokernels::_wavenet_generate_cuda", _fake, lib=lib)
 describe("wavenet_generate", _explain)
 _op = torch.ops.audiokernels.wavenet_generate.default
 _cuda_op = torch.ops.audiokernels._wavenet_generate_cuda.default

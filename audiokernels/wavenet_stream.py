@@ -1,6 +1,7 @@
 """WaveNetStream: a generation that another thread (an audio callback, a server's worker) pulls block by block."""
 
 import threading
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from audiokernels._generation import condition_frames
 from audiokernels._library import C
 from audiokernels.philox import philox_uniform
+from audiokernels.sampling import Sampling
 from audiokernels.wavenet_generate import (
     check_call,
     wavenet_generate,
@@ -32,6 +34,7 @@ class WaveNetStream:
         seed: of the random numbers.
         batch: number of streams.
         temperature: >= 0; 0 takes the largest logit.
+        top_k, top_p: as in wavenet_generate.
         condition: float32 (batch, frames, condition_channels); frame i holds for samples i * hop .. (i + 1) * hop - 1
             of the stream, counted from its position 0. Reading past the last frame raises ValueError.
         state: start here (copied) instead of at a fresh state: continues or forks an earlier generation.
@@ -47,6 +50,8 @@ class WaveNetStream:
         seed: int = 0,
         batch: int = 1,
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         condition: Tensor | None = None,
         state: Tensor | None = None,
     ) -> None:
@@ -56,8 +61,9 @@ class WaveNetStream:
         frames = condition
         if condition is not None and isinstance(condition, Tensor) and condition.ndim == 3:
             frames = condition[:, :0]
-        check_call(pack, state, uniforms, None, frames, temperature)
-        self._pack, self._seed, self._temperature, self._condition = pack, seed, temperature, condition
+        self._sampling = Sampling(temperature, top_k, top_p)
+        check_call(pack, state, uniforms, None, frames)
+        self._pack, self._seed, self._condition = pack, seed, condition
         self._lock = threading.Lock()
         self._compiled = None
         if C is None:
@@ -69,6 +75,8 @@ class WaveNetStream:
                 state.detach().contiguous().numpy(),
                 seed,
                 temperature,
+                top_k,
+                top_p,
                 None if condition is None else condition.detach().contiguous().numpy(),
             )
 
@@ -93,7 +101,7 @@ class WaveNetStream:
                     raise ValueError(f"condition has {self._condition.shape[1]} frames, too few for {n} more samples")
                 padded = torch.nn.functional.pad(self._condition, (0, 0, 0, count))
                 frames = torch.stack([padded[b, f : f + count] for b, f in enumerate(first)])
-            codes = wavenet_generate(self._pack, self._state, uniforms, condition=frames, temperature=self._temperature)
+            codes = wavenet_generate(self._pack, self._state, uniforms, condition=frames, **asdict(self._sampling))
             return codes.numpy()
 
     @property

@@ -33,6 +33,13 @@ __attribute__((always_inline)) inline int64_t state_position(const float* state)
   return int64_t(state[0]) + kPositionBase * int64_t(state[1]);
 }
 
+// How a code is drawn; audiokernels/sampling.py has the rule.
+struct Sampling {
+  float temperature;
+  int32_t top_k;  // 0: all classes stay
+  float top_p;    // 1: all that top_k leaves stay
+};
+
 // One thread's part of a call: n samples of `batch` streams, everything checked before.
 struct GenerationJob {
   const uint8_t* pack;
@@ -46,7 +53,7 @@ struct GenerationJob {
   void* out;      // (batch, n) uint8, or int16 above 256 classes
   float* logits;  // (batch, n, n_class), or null
   int64_t n_class, batch, n;
-  float temperature;
+  Sampling sampling;
   float* scratch;  // aligned to 64 bytes
 };
 

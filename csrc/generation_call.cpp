@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <vector>
 
@@ -42,6 +43,18 @@ std::vector<int32_t> known_codes(const Tensor& codes, int64_t batch, int64_t n, 
 }
 
 }  // namespace
+
+Sampling check_sampling(double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
+                        int64_t n_class) {
+  STD_TORCH_CHECK(std::isfinite(temperature) && temperature >= 0, "temperature must be finite and >= 0, got ",
+                  temperature);
+  STD_TORCH_CHECK(!top_k || *top_k >= 1, "top_k must be >= 1, got ", top_k.value_or(0));
+  STD_TORCH_CHECK(!top_p || (*top_p > 0 && *top_p <= 1), "top_p must be above 0 and at most 1, got ",
+                  top_p.value_or(0));
+  const float least = std::numeric_limits<float>::min();  // a share that is 0 in float32 would keep no class
+  return {float(temperature), top_k && *top_k < n_class ? int32_t(*top_k) : 0,
+          top_p ? std::max(float(*top_p), least) : 1.0f};
+}
 
 void check_state_header(int64_t n_class, const float* state, int64_t batch, int64_t stride) {
   const auto whole = [](float v, float limit) { return v >= 0.0f && v < limit && v == std::floor(v); };
@@ -87,8 +100,6 @@ std::tuple<Tensor, Tensor> generate(const GenerationSizes& sizes, const Generati
                   sizes.state_floats, "), got (", state.size(0), ", ", state.size(1), ")");
   STD_TORCH_CHECK(state.stride(1) == 1 && (batch <= 1 || state.stride(0) >= state.size(1)),
                   "state rows must be contiguous and apart");
-  STD_TORCH_CHECK(std::isfinite(call.temperature) && call.temperature >= 0, "temperature must be finite and >= 0, got ",
-                  call.temperature);
   STD_TORCH_CHECK((sizes.condition > 0) == call.condition.has_value(),
                   "condition must be given exactly for a pack with condition channels");
   GenerationJob job{};
@@ -96,7 +107,7 @@ std::tuple<Tensor, Tensor> generate(const GenerationSizes& sizes, const Generati
   job.state = static_cast<float*>(state.data_ptr());
   job.state_stride = state.stride(0);
   job.n_class = sizes.n_class, job.batch = batch, job.n = n, job.channels = sizes.condition;
-  job.temperature = float(call.temperature);
+  job.sampling = call.sampling;
   check_state_header(sizes.n_class, job.state, batch, job.state_stride);
 
   const Tensor draws = torch::stable::contiguous(call.uniforms);

@@ -19,9 +19,12 @@ struct GenerationSizes {
 struct GenerationCall {
   Tensor weights, state, uniforms;
   std::optional<Tensor> codes, condition;
-  double temperature;
+  Sampling sampling;
   bool return_logits;
 };
+
+// Throws std::runtime_error for a number that is out of range.
+Sampling check_sampling(double temperature, std::optional<int64_t> top_k, std::optional<double> top_p, int64_t n_class);
 
 // Throws std::invalid_argument if the header of a state row does not hold a position and a code.
 void check_state_header(int64_t n_class, const float* state, int64_t batch, int64_t stride);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "generation.h"
+#include "sampling.h"
 #include "simd.h"
 
 namespace audiokernels {
@@ -383,50 +384,7 @@ AK_INLINE void relu(const Streams& out, const Streams& in, int64_t rows) {
   for (int64_t i = 0; i < rows * in.batch; i += kLanes) store(out.data + i, max(load(in.data + i), splat(0.0f)));
 }
 
-// ---- the end of a step: its draw ----
-
-AK_INLINE float sum_block(const float* p) {
-  float sum = 0.0f;
-  for (int64_t i = 0; i < 16; i++) sum += p[i];
-  return sum;
-}
-
-// The first class whose cumulative probability exceeds u. Blocks of 16 are summed in order, then their sums.
-static int32_t draw(float* logits, int64_t n_class, float u, float temperature) {
-  const int64_t rows = pad_lanes(n_class);
-  for (int64_t i = n_class; i < rows; i++) logits[i] = -__builtin_inff();
-  VFloat most = load(logits);
-  for (int64_t i = kLanes; i < rows; i += kLanes) most = max(load(logits + i), most);
-  const float largest = reduce_max(most);
-  if (temperature == 0.0f) {
-    for (int64_t i = 0; i < n_class; i++)
-      if (logits[i] == largest) return int32_t(i);
-    return 0;
-  }
-  float* p = logits;
-  const VFloat inverse = splat(1.0f / temperature);
-  for (int64_t i = 0; i < rows; i += kLanes) {
-    const VFloat l = (load(logits + i) - splat(largest)) * inverse;
-    store(p + i, l < splat(-87.0f) ? splat(0.0f) : exp_clamped(l, 87.0f));
-  }
-  float total = 0.0f;
-  for (int64_t i = 0; i < rows; i += 16) total += sum_block(p + i);
-  const float target = u * total;
-  float before = 0.0f;
-  for (int64_t i = 0; i < rows; i += 16) {
-    const float block = sum_block(p + i);
-    if (before + block > target) {
-      float within = 0.0f;
-      int64_t j = 0;
-      while (before + (within += p[i + j]) <= target) j++;  // ends: the last sum is `block` again
-      return int32_t(i + j);
-    }
-    before += block;
-  }
-  for (int64_t i = n_class - 1; i > 0; i--)  // u * total was rounded up to the total: the last class that can be
-    if (p[i] > 0.0f) return int32_t(i);
-  return 0;
-}
+// ---- the end of a step ----
 
 AK_INLINE bool needs_logits(const GenerationJob& job, int64_t t) { return job.logits || t >= job.forced; }
 
@@ -437,7 +395,7 @@ static void finish_step(const GenerationJob& job, int64_t t, const Streams& logi
     if (needs_logits(job, t)) take(row, logits, b, pad_lanes(job.n_class));
     if (job.logits) memcpy(job.logits + (b * job.n + t) * job.n_class, row, size_t(job.n_class) * sizeof(float));
     const int32_t code = t < job.forced ? job.codes[b * job.forced + t]
-                                        : draw(row, job.n_class, job.uniforms[b * job.n + t], job.temperature);
+                                        : draw(row, job.n_class, job.uniforms[b * job.n + t], job.sampling);
     if (job.n_class <= 256)
       static_cast<uint8_t*>(job.out)[b * job.n + t] = uint8_t(code);
     else

@@ -129,11 +129,13 @@ void run_part(const TransformerShape& shape, const GenerationJob& job) {
 
 std::tuple<Tensor, Tensor> transformer_generate(Tensor weights, std::vector<int64_t> shape_ints, Tensor state,
                                                 Tensor uniforms, std::optional<Tensor> codes,
-                                                std::optional<Tensor> condition, double temperature,
-                                                bool return_logits) {
+                                                std::optional<Tensor> condition, double temperature, bool return_logits,
+                                                std::optional<int64_t> top_k, std::optional<double> top_p) {
   const TransformerShape shape = read_shape(shape_ints);
   const GenerationSizes sizes{shape.pack_bytes(), shape.state_floats(), shape.n_class, shape.condition, shape.hop};
-  return generate(sizes, {weights, state, uniforms, codes, condition, temperature, return_logits},
+  return generate(sizes,
+                  {weights, state, uniforms, codes, condition, check_sampling(temperature, top_k, top_p, shape.n_class),
+                   return_logits},
                   [&](const GenerationJob& job, int64_t begin, int64_t end) {
                     run_streams(job, begin, end, shape.scratch_floats(end - begin),
                                 [&](const GenerationJob& part) { run_part(shape, part); });

@@ -406,8 +406,7 @@ struct LayerBlock {
         float* logit = reinterpret_cast<float*>(shared + at.logits) + g * c.class_rows * kLogitStride + warp;
         float* sums = reinterpret_cast<float*>(shared + at.sums) + warp * kMostTiles;
         const float u = c.uniforms[b * c.uniforms_stride[0] + t * c.uniforms_stride[1]];
-        const int drawn =
-            t < c.forced ? forced_code(c, b, t) : draw(logit, kLogitStride, sums, c.n_class, u, c.temperature);
+        const int drawn = t < c.forced ? forced_code(c, b, t) : draw(c, logit, kLogitStride, sums, u);
         if (lane == 0) {
           code(g, warp) = drawn;
           write_code(c, b, t, drawn);

@@ -82,27 +82,69 @@ __device__ inline float warp_max(float v) {
 __device__ inline int warp_min(int v) { return __reduce_min_sync(kAllLanes, v); }
 __device__ inline int warp_max(int v) { return __reduce_max_sync(kAllLanes, v); }
 
+__device__ inline float warp_sum(float v) {  // the same in every lane
+  for (int i = 16; i > 0; i /= 2) v += __shfl_xor_sync(kAllLanes, v, i);
+  return v;
+}
+
+struct Top {
+  int count;
+  float sum;
+};
+
+// Of x[i * stride] those that are at least `least`: how many, and their sum, a lane with every 32nd of them.
+__device__ inline Top top_from(const float* x, int stride, int n, float least) {
+  Top top{};
+  for (int i = threadIdx.x % 32; i < n; i += 32)
+    if (const float v = x[i * stride]; v >= least) top.count++, top.sum += v;
+  return {__reduce_add_sync(kAllLanes, top.count), warp_sum(top.sum)};
+}
+
+__device__ inline int rising(int bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
+
+// leave_out of sampling.h, by a warp; at least least.count of x and the sum least.sum stay.
+__device__ inline void leave_out(float* x, int stride, int n, float lowest, Top least) {
+  int low = rising(__float_as_int(lowest)), high = rising(__float_as_int(INFINITY)), most = n, fewest = 0;
+  while (low + 1 < high && most - fewest > 1) {
+    const int middle = (low & high) + ((low ^ high) >> 1);
+    const Top top = top_from(x, stride, n, __int_as_float(rising(middle)));
+    if (top.count >= least.count && top.sum >= least.sum)
+      low = middle, most = top.count;
+    else
+      high = middle, fewest = top.count;
+  }
+  for (int i = threadIdx.x % 32; i < n; i += 32)
+    if (!(x[i * stride] >= __int_as_float(rising(low)))) x[i * stride] = lowest;
+}
+
 // Blocks of 16 probabilities are summed in order, then their sums, as on the CPU. `logit` [i * stride], n_class rounded
 // up to 16 of them, is overwritten; `sums` holds a number a block.
-__device__ inline int draw(float* logit, int stride, float* sums, int n_class, float u, float temperature) {
-  const int lane = threadIdx.x % 32, blocks = (n_class + 15) / 16;
+__device__ inline int draw(const WaveNetCall& c, float* logit, int stride, float* sums, float u) {
+  const int n_class = c.n_class, lane = threadIdx.x % 32, blocks = (n_class + 15) / 16;
   float most = -INFINITY;
   for (int i = lane; i < n_class; i += 32) most = fmaxf(most, logit[i * stride]);
   most = warp_max(most);
-  if (temperature == 0.0f) {
+  if (c.sampling.temperature == 0.0f) {
     int first = n_class;
     for (int i = lane; i < n_class; i += 32)
       if (logit[i * stride] == most && i < first) first = i;
     first = warp_min(first);
     return first < n_class ? first : 0;
   }
-  const float inverse = 1.0f / temperature;
+  if (c.sampling.top_k > 0) leave_out(logit, stride, n_class, -INFINITY, {c.sampling.top_k, -INFINITY});
+  const float inverse = 1.0f / c.sampling.temperature;
   int last = 0;  // the last class that can be drawn
   for (int i = lane; i < 16 * blocks; i += 32) {
     const float l = i < n_class ? (logit[i * stride] - most) * inverse : -INFINITY;
     const float p = l >= -87.0f ? exp_clamped(l, 87.0f) : 0.0f;  // 0 of NaN too
     logit[i * stride] = p;
     if (p > 0.0f) last = i;
+  }
+  if (c.sampling.top_p < 1.0f) {
+    leave_out(logit, stride, n_class, 0.0f, {1, c.sampling.top_p * top_from(logit, stride, n_class, 0.0f).sum});
+    last = 0;
+    for (int i = lane; i < n_class; i += 32)
+      if (logit[i * stride] > 0.0f) last = i;
   }
   last = warp_max(last);
   __syncwarp();

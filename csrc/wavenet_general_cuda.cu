@@ -290,9 +290,8 @@ struct Net {
         for (int i = lane; i < c.n_class; i += 32) c.logits[((first + b) * c.n + t) * c.n_class + i] = v.z[i * NB + b];
       __syncwarp();
       const float u = c.uniforms[(first + b) * c.uniforms_stride[0] + t * c.uniforms_stride[1]];
-      const int code = t < c.forced
-                           ? forced_code(c, first + b, t)
-                           : draw(v.z + b, NB, v.partial + b * kThreads * kRowsOfThread, c.n_class, u, c.temperature);
+      const int code = t < c.forced ? forced_code(c, first + b, t)
+                                    : draw(c, v.z + b, NB, v.partial + b * kThreads * kRowsOfThread, u);
       if (lane == 0) {
         v.codes[b] = code;
         write_code(c, first + b, t, code);

@@ -83,11 +83,14 @@ namespace {
 
 std::tuple<Tensor, Tensor> wavenet_generate(Tensor weights, std::vector<int64_t> shape_ints, Tensor state,
                                             Tensor uniforms, std::optional<Tensor> codes,
-                                            std::optional<Tensor> condition, double temperature, bool return_logits) {
+                                            std::optional<Tensor> condition, double temperature, bool return_logits,
+                                            std::optional<int64_t> top_k, std::optional<double> top_p) {
   const WaveNetShape shape = wavenet_shape(shape_ints.data(), int64_t(shape_ints.size()));
   const GenerationSizes sizes{shape.pack_bytes(), shape.state_floats(), shape.n_class, shape.condition, shape.hop};
   return generate(
-      sizes, {weights, state, uniforms, codes, condition, temperature, return_logits},
+      sizes,
+      {weights, state, uniforms, codes, condition, check_sampling(temperature, top_k, top_p, shape.n_class),
+       return_logits},
       [&](const GenerationJob& job, int64_t begin, int64_t end) { wavenet_run_streams(shape, job, begin, end); });
 }
 

@@ -1,13 +1,12 @@
 // wavenet_generate on CUDA: checks and binding of the kernels. What to launch comes from audiokernels/wavenet_plan.py.
 #include "wavenet_generate_cuda.h"
 
-#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cuda_stream.h"
-#include "torch_stable.h"
+#include "generation_call.h"
 
 namespace audiokernels {
 namespace {
@@ -31,7 +30,8 @@ WaveNetCluster cluster_of(const std::vector<int64_t>& plan) {
 
 // Checks without waiting for the GPU: what lies in its memory is the kernels' own care.
 WaveNetCall check_call(const WaveNetShape& s, const Tensor& weights, const Tensor& state, const Tensor& uniforms,
-                       const std::optional<Tensor>& codes, const std::optional<Tensor>& condition, double temperature) {
+                       const std::optional<Tensor>& codes, const std::optional<Tensor>& condition,
+                       const Sampling& sampling) {
   const auto on_device = [&](const Tensor& t, const char* name, int64_t dim) {
     STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == weights.get_device_index(), name,
                     " must be on the device of the pack");
@@ -57,8 +57,7 @@ WaveNetCall check_call(const WaveNetShape& s, const Tensor& weights, const Tenso
   c.state_stride = state.stride(0);
   c.uniforms = static_cast<const float*>(uniforms.data_ptr());
   for (int i = 0; i < 2; i++) c.uniforms_stride[i] = uniforms.stride(i);
-  STD_TORCH_CHECK(std::isfinite(temperature) && temperature >= 0, "temperature must be finite and >= 0");
-  c.temperature = float(temperature);
+  c.sampling = sampling;
   if (codes) {
     on_device(*codes, "codes", 2);
     const ScalarType type = codes->scalar_type();
@@ -90,9 +89,11 @@ WaveNetCall check_call(const WaveNetShape& s, const Tensor& weights, const Tenso
 std::tuple<Tensor, Tensor> _wavenet_generate_cuda(Tensor weights, std::vector<int64_t> shape_ints, Tensor state,
                                                   Tensor uniforms, std::optional<Tensor> codes,
                                                   std::optional<Tensor> condition, double temperature,
-                                                  bool return_logits, std::vector<int64_t> plan) {
+                                                  bool return_logits, std::optional<int64_t> top_k,
+                                                  std::optional<double> top_p, std::vector<int64_t> plan) {
   const WaveNetShape shape = wavenet_shape(shape_ints.data(), int64_t(shape_ints.size()));
-  WaveNetCall call = check_call(shape, weights, state, uniforms, codes, condition, temperature);
+  WaveNetCall call = check_call(shape, weights, state, uniforms, codes, condition,
+                                check_sampling(temperature, top_k, top_p, shape.n_class));
   STD_TORCH_CHECK(plan.size() == 2 || plan.size() == 3, "plan must be one of wavenet_generate_plan");
   const torch::stable::accelerator::DeviceGuard guard(weights.get_device_index());
   const ScalarType code_type = shape.n_class <= 256 ? ScalarType::Byte : ScalarType::Short;

@@ -30,7 +30,7 @@ struct WaveNetCall {
   float* base;    // scratch: (batch, n_layer, 2 h_rows) biases with the projected condition; null without one
   void* out;      // (batch, n) uint8, or int16 above 256 classes
   float* logits;  // (batch, n, n_class), or null
-  float temperature;
+  Sampling sampling;
   int32_t dilations[kMostLayers];
 };
 

@@ -48,13 +48,14 @@ void philox_uniform(uint64_t seed, uint32_t row, int64_t position, int64_t n, fl
 class WaveNetStream {
  public:
   WaveNetStream(Array<uint8_t> weights, std::vector<int64_t> shape_ints, const Array<float>& state, uint64_t seed,
-                float temperature, std::optional<Array<float>> condition)
+                float temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
+                std::optional<Array<float>> condition)
       : weights_(std::move(weights)),
         shape_ints_(std::move(shape_ints)),
         shape_(wavenet_shape(shape_ints_.data(), int64_t(shape_ints_.size()))),
         condition_(std::move(condition)),
         seed_(seed),
-        temperature_(temperature) {
+        sampling_(check_sampling(temperature, top_k, top_p, shape_.n_class)) {
     if (weights_.ndim() != 1 || weights_.size() != shape_.pack_bytes())
       throw std::invalid_argument("weights must hold the pack's bytes");
     if (state.ndim() != 2 || state.shape(1) != shape_.state_floats())
@@ -109,7 +110,7 @@ class WaveNetStream {
     job.state_stride = stride;
     job.batch = batch_;
     job.n = n;
-    job.temperature = temperature_;
+    job.sampling = sampling_;
     job.out = out;
     for (int64_t b = 0; b < batch_; b++)
       philox_uniform(seed_, uint32_t(b), state_position(job.state + b * stride), n, uniforms.data() + b * n);
@@ -138,7 +139,7 @@ class WaveNetStream {
   WaveNetShape shape_;
   std::optional<Array<float>> condition_;
   uint64_t seed_;
-  float temperature_;
+  Sampling sampling_;
   int64_t batch_ = 0;
   std::vector<float> state_;
   std::mutex mutex_;
@@ -148,9 +149,10 @@ class WaveNetStream {
 
 void bind_wavenet_stream(py::module_& m) {
   py::class_<WaveNetStream>(m, "WaveNetStream")
-      .def(py::init<Array<uint8_t>, std::vector<int64_t>, Array<float>, uint64_t, float, std::optional<Array<float>>>(),
+      .def(py::init<Array<uint8_t>, std::vector<int64_t>, Array<float>, uint64_t, float, std::optional<int64_t>,
+                    std::optional<double>, std::optional<Array<float>>>(),
            py::arg("weights"), py::arg("shape"), py::arg("state"), py::arg("seed"), py::arg("temperature"),
-           py::arg("condition"))
+           py::arg("top_k"), py::arg("top_p"), py::arg("condition"))
       .def("read", &WaveNetStream::read, py::arg("n"))
       .def("state", &WaveNetStream::state)
       .def_property_readonly("position", &WaveNetStream::position);

@@ -37,6 +37,15 @@ def check_generation(model):
     assert model.generate(0).shape == (1, 0)
     best = model.generate(30, temperature=0)
     assert torch.equal(best, model.generate(30, temperature=0, seed=1))
+    assert torch.equal(best, model.generate(30, top_k=1)) and torch.equal(best, model.generate(30, top_p=1e-6, seed=2))
+    assert not torch.equal(best, model.generate(30, top_k=2))
+
+
+def check_top(logits, drawn, k):
+    """drawn (batch, time) are among the k most probable classes of logits (batch, time, n_class), not all the first."""
+    chosen, best = logits.gather(2, drawn[:, :, None]), logits.topk(min(k, logits.shape[2]), 2).values
+    margin = 2e-5 * max(1.0, float(logits.abs().max()))
+    assert (chosen >= best[:, :, -1:] - margin).all() and (chosen < best[:, :, :1] - margin).any()
 
 
 def check_drawn_frequencies(probabilities, drawn):

@@ -56,6 +56,15 @@ def test_generate(call, model, tmp_path):
     torch.testing.assert_close(audio, expected, rtol=0, atol=1 / 32768)
 
 
+def test_generate_from_the_most_probable_codes(call, model, tmp_path):
+    words = ["--out", tmp_path / "x.wav", "--seconds", 0.02, "--top-k", 7, "--top-p", 0.5]
+    assert call("generate", model, *words)[0] == 0
+    codes = WaveNet.from_pretrained(model).generate(160, top_k=7, top_p=0.5)[0]
+    expected = quantize.decode(codes, "mulaw", 256)
+    torch.testing.assert_close(read_audio(tmp_path / "x.wav")[0], expected, rtol=0, atol=1 / 32768)
+    assert len(codes.unique()) < 8
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_generate_batch(call, model, data, tmp_path, dtype):
     words = ["--seconds", 0.05, "--batch", 3, "--dtype", dtype, "--temperature", 0.8, "--prompt", data / "a.wav"]
@@ -240,6 +249,8 @@ def test_bench(call, monkeypatch):
         ("generate {model} --seconds nan", "--seconds must be above 0"),
         ("generate {model} --batch 0", "--batch must be 1 .. 1024, got 0"),
         ("generate {model} --temperature -1", "temperature must be finite and >= 0, got -1.0"),
+        ("generate {model} --top-k 0", "top_k must be >= 1, got 0"),
+        ("generate {model} --top-p 1.5", "top_p must be above 0 and at most 1, got 1.5"),
         ("generate {model} --seed -1", "seed must be in 0 .."),
         ("generate {labelled}", "needs a condition or label"),
         ("generate {model} --seconds 0.01 --out {data}/a.wav/x.wav", "a.wav"),

@@ -172,7 +172,7 @@ def test_streams_of_recordings():
         (lambda m: m(torch.tensor([[1]]), torch.tensor([[1]])), "condition must be given exactly"),
         (lambda m: tiny(condition_class=3, condition_hop=2)(some_codes(5), some_codes(2, n_class=3)), r"\(2, 3\)"),
         (lambda m: m.generate(-1), "n must be >= 0"),
-        (lambda m: m.generate(1, temperature=-1.0), "temperature >= 0"),
+        (lambda m: m.generate(1, temperature=-1.0), "temperature must be finite"),
         (lambda m: m.generate(1, some_codes(3, batch=2), batch=3), "prompt must have 3 rows"),
         (lambda m: CodeLMConfig(n_embd=30, n_head=4), "n_embd must be n_head = 4 times an even head"),
         (lambda m: CodeLMConfig(window=0), "window must be 1 .. 1048576, got 0"),

@@ -40,7 +40,7 @@ from house import (
 import audiokernels
 
 CODE = (".py", ".pyi", ".cpp", ".h", ".cu", ".txt", ".sh", ".md", ".toml")
-SHARED = {"philox", "backends"}  # modules of audiokernels that belong to no room, beside those with an underscore
+SHARED = {"philox", "backends", "sampling"}  # modules that belong to no room, beside those with an underscore
 SHARED_HEADERS = {
     "isa.h",
     "simd.h",
@@ -49,6 +49,7 @@ SHARED_HEADERS = {
     "generation.h",
     "generation_call.h",
     "packed_product.h",
+    "sampling.h",
     "ptx.h",
     "ptx_on_host.h",
 }

@@ -10,6 +10,7 @@ import torch
 from audiomodels import peers
 from audiomodels.pretrained import ModelError
 from audiomodels.sample_transformer import SampleTransformer, SampleTransformerConfig
+from generator_cases import check_top
 from torch.nn import functional as F
 
 import audiokernels
@@ -194,6 +195,10 @@ def test_generated_codes_are_forward_s_choice(variant):
     chosen = logits.gather(2, new[:, :, None])[:, :, 0]
     assert (logits.amax(2) - chosen).max() <= 2e-5 * max(1.0, float(logits.abs().max()))
     assert new.unique().numel() > 1
+    new = model.generate(n, prompt, top_k=3, batch=2, **options).long()
+    with torch.no_grad():
+        logits = model(shifted(model, torch.cat([prompt, new], 1)), **options)[:, 9:]
+    check_top(logits, new, 3)
 
 
 @pytest.mark.parametrize("variant", ["plain", "logits", "haar"])
@@ -206,6 +211,9 @@ def test_recompute_generates_from_its_crops(variant):
         logits = model(shifted(model, torch.cat([prompt, new], 1)))[:, 30:]
     chosen = logits.gather(2, new[:, :, None])[:, :, 0]
     assert (logits.amax(2) - chosen).max() <= 2e-5 * max(1.0, float(logits.abs().max()))
+    new = model.generate(40, top_k=3).long()
+    with torch.no_grad():
+        check_top(model(shifted(model, new)), new, 3)
     assert not torch.equal(model.generate(40, seed=1), model.generate(40, seed=2))
     with pytest.raises(ValueError, match="recompute"):
         model.generate(5, dtype=torch.bfloat16)

@@ -82,12 +82,13 @@ def folder(tmp_path_factory):
 
 
 def test_one_command_from_sound_to_its_sequel(folder, capsys):
-    for name, options in (("a", ""), ("b", ""), ("c", " --seed 1"), ("d", " --temperature 0")):
+    for name, options in (("a", ""), ("b", ""), ("c", " --seed 1"), ("d", " --temperature 0"), ("e", " --top-k 1")):
         command = f"continue {folder / 'melody.wav'} --models {folder / 'models'} --seconds 0.5 -o {folder / name}.wav"
         with pytest.raises(SystemExit) as stop:
             cli.main((command + options).split())
         assert stop.value.code == 0
-    a, b, c, d = (read_mono(folder / f"{name}.wav", sample_rate=RATE)[0] for name in "abcd")
+    a, b, c, d, e = (read_mono(folder / f"{name}.wav", sample_rate=RATE)[0] for name in "abcde")
+    assert torch.equal(d, e)
     whole = len(MELODY) // 128 * 128
     assert len(a) == whole + RATE // 2 and torch.equal(a, b)
     assert (a[:whole] - MELODY[:whole]).abs().max() < 1e-3 and torch.equal(a[:whole], d[:whole])

@@ -31,6 +31,12 @@ GENERATE = [
     (ValueError, "condition", r"\(2, 2, 3\)", r"\(2, 3, 3\)", {"pack": CONDITIONED, "condition": torch.zeros(2, 3, 3)}),
     (ValueError, "temperature", ">= 0", "-0.1", {"temperature": -0.1}),
     (TypeError, "temperature", "number", "str", {"temperature": "hot"}),
+    (TypeError, "top_k", "integer", "float", {"top_k": 2.5}),
+    (ValueError, "top_k", ">= 1", "0", {"top_k": 0}),
+    (TypeError, "top_p", "number", "str", {"top_p": "most"}),
+    (ValueError, "top_p", "above 0", "0", {"top_p": 0.0}),
+    (ValueError, "top_p", "at most 1", "1.01", {"top_p": 1.01}),
+    (ValueError, "top_p", "above 0", "nan", {"top_p": float("nan")}),
     (ValueError, "uniforms", "device", "meta", {"uniforms": U.to("meta")}),
     (ValueError, "pack", "bytes", "", {"pack": TransformerPack(PACK.data[:-64], PACK.shape)}),
 ]
@@ -103,7 +109,7 @@ def test_the_op_itself_checks_everything_again():
     shape = pack_of(fusion="film", haar=[0] * 8 + [2] * 8).shape.to_ints()
     pack = pack_of(fusion="film", haar=[0] * 8 + [2] * 8)
     state = transformer_state(pack, 2)
-    good = [pack.data, shape, state, U, None, None, 1.0, False]
+    good = [pack.data, shape, state, U, None, None, 1.0, False, None, None]
     op(*good)
 
     def changed(**numbers):
@@ -125,6 +131,9 @@ def test_the_op_itself_checks_everything_again():
         (4, torch.full((2, 1), 200)),
         (5, torch.zeros(2, 2, 3)),
         (6, float("nan")),
+        (8, 0),
+        (9, 0.0),
+        (9, float("nan")),
     ):
         before = state.clone()
         arguments = list(good)

@@ -11,6 +11,8 @@ from audiomodels.data import Crops, Recording, Recordings
 from audiomodels.wave_rnn import WaveRNN, WaveRNNConfig
 from generator_cases import check_drawn_frequencies, check_folder, check_generation, sharpen, stepped
 
+from audiokernels import Sampling
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -77,6 +79,15 @@ def test_one_number_draws_both_bytes():
     top = coarse.mode().values
     chosen = coarse == top
     check_drawn_frequencies(logits[chosen][0, 256:].double().softmax(0), fine[chosen])
+    state = {"h": model.initial_state(1)["h"].expand(n, -1)}
+    sampling = Sampling(top_k=5, top_p=0.8)  # of each byte
+    with torch.no_grad():
+        drawn, logits = model.step(state, last, uniforms=uniforms, sampling=sampling)
+    assert (drawn.diff() >= 0).all()
+    chosen = drawn // 256 == top
+    for byte, of in ((drawn // 256, logits[:1, :256]), (drawn[chosen] % 256, logits[chosen][:1, 256:])):
+        weights = sampling.weights(of)[0].double()
+        check_drawn_frequencies(weights / weights.sum(), byte)
 
 
 def test_fit_and_evaluate_know_both_bytes(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from audiomodels import peers
 from audiomodels.pretrained import ModelError
 from audiomodels.wavenet import WaveNet, WaveNetConfig
+from generator_cases import check_top
 from torch.nn import functional as F
 
 import audiokernels
@@ -167,6 +168,10 @@ def test_generated_codes_are_forward_s_choice(variant):
     chosen = logits.gather(2, new[:, :, None])[:, :, 0]
     assert (logits.amax(2) - chosen).max() <= 2e-5 * max(1.0, float(logits.abs().max()))
     assert new.unique().numel() > 1
+    new = model.generate(n, prompt, top_k=3, batch=2, **options).long()
+    with torch.no_grad():
+        logits = model(shifted(model, torch.cat([prompt, new], 1)), **options)[:, 9:]
+    check_top(logits, new, 3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

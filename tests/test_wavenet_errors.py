@@ -64,6 +64,12 @@ GENERATE = [
     (ValueError, "temperature", "finite", "inf", {"temperature": float("inf")}),
     (ValueError, "temperature", "finite", "nan", {"temperature": float("nan")}),
     (TypeError, "temperature", "number", "str", {"temperature": "hot"}),
+    (TypeError, "top_k", "integer", "float", {"top_k": 2.5}),
+    (ValueError, "top_k", ">= 1", "0", {"top_k": 0}),
+    (TypeError, "top_p", "number", "str", {"top_p": "most"}),
+    (ValueError, "top_p", "above 0", "0", {"top_p": 0.0}),
+    (ValueError, "top_p", "at most 1", "1.01", {"top_p": 1.01}),
+    (ValueError, "top_p", "above 0", "nan", {"top_p": float("nan")}),
     (ValueError, "state", "device", "meta", {"state": STATE.to("meta")}),
     (ValueError, "uniforms", "device", "meta", {"uniforms": U.to("meta")}),
     (ValueError, "pack", "bytes", "", {"pack": WaveNetPack(PACK.data[:-64], PACK.shape)}),
@@ -133,7 +139,7 @@ def test_the_op_itself_checks_everything_again():
     """Called directly, past the public function: RuntimeError, never a crash, and the state stays."""
     op = torch.ops.audiokernels.wavenet_generate.default
     shape = PACK.shape.to_ints()
-    good = [PACK.data, shape, STATE, U, None, None, 1.0, False]
+    good = [PACK.data, shape, STATE, U, None, None, 1.0, False, None, None]
     for index, value in (
         (0, PACK.data[:100]),
         (0, PACK.data.float()),
@@ -149,6 +155,9 @@ def test_the_op_itself_checks_everything_again():
         (4, torch.full((2, 1), 200)),
         (5, FRAMES),
         (6, float("nan")),
+        (8, 0),
+        (9, 0.0),
+        (9, float("nan")),
     ):
         before = STATE.clone()
         arguments = list(good)

@@ -344,7 +344,9 @@ def on_gpu(pack, state, uniforms, kernel=None, **options):
     op, logits = torch.ops.audiokernels._wavenet_generate_cuda.default, options.get("return_logits", False)
     codes, condition, temperature = (options.get(name) for name in ("codes", "condition", "temperature"))
     temperature = 1.0 if temperature is None else temperature
-    out = op(pack.data, pack.shape.to_ints(), state, uniforms, codes, condition, temperature, logits, plan.to_ints())
+    tops = options.get("top_k"), options.get("top_p")
+    arguments = (state, uniforms, codes, condition, temperature, logits, *tops, plan.to_ints())
+    out = op(pack.data, pack.shape.to_ints(), *arguments)
     return out if logits else out[0]
 
 

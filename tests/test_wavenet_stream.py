@@ -36,6 +36,8 @@ def test_blocks_are_the_generation(implementation, dtype, n_class):
     assert blocks[-1].dtype == (np.uint8 if n_class <= 256 else np.int16)
     assert np.array_equal(np.concatenate(blocks, 1), expected_codes(pack, 2, 120, temperature=0.9))
     assert stream.position == 120
+    top = {"temperature": 0.9, "top_k": 12, "top_p": 0.8}
+    assert np.array_equal(WaveNetStream(pack, seed=3, batch=2, **top).read(120), expected_codes(pack, 2, 120, **top))
 
 
 def test_state_forks_and_resumes(implementation):
@@ -69,6 +71,8 @@ def test_bad_arguments_are_named(implementation):
         ({"seed": -1}, "seed"),
         ({"batch": -1}, "batch"),
         ({"temperature": -1.0}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_p": 2.0}, "top_p"),
         ({"condition": torch.zeros(1, 2, 3)}, "condition"),
         ({"state": torch.zeros(1, 5)}, "state"),
     ):

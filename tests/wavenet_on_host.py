@@ -9,7 +9,7 @@ from audiokernels._packing import LANES, round_up
 SOURCE = """
 #include "wavenet_{kernel}_cuda.cu"
 {launch}
-CUDA_ON_HOST_EXPORT int generate(const int64_t* n, void** data, double temperature) {{
+CUDA_ON_HOST_EXPORT int generate(const int64_t* n, void** data, double temperature, double top_p) {{
   using namespace audiokernels;
   WaveNetCall c{{}};
   const auto next = [&] {{ return *n++; }};
@@ -27,7 +27,7 @@ CUDA_ON_HOST_EXPORT int generate(const int64_t* n, void** data, double temperatu
   c.n_frames = next();
   c.pack = (uint8_t*)data[0], c.state = (float*)data[1], c.uniforms = (float*)data[2], c.codes = data[3];
   c.frames = (float*)data[4], c.base = (float*)data[5], c.out = data[6], c.logits = (float*)data[7];
-  c.temperature = float(temperature);
+  c.sampling = {{float(temperature), int32_t(next()), float(top_p)}};
   const int plan[4] = {{int(next()), int(next()), int(next()), int(next())}};
   return launch(c, plan);
 }}
@@ -64,6 +64,7 @@ def on_host(kernel, plan, pack, state, uniforms, *, seed=0, edit=None, **options
         if edit[0] not in text:
             raise ValueError(f"not in the kernel: {edit[0]}")
         source = source.replace(f'#include "wavenet_{kernel}_cuda.cu"', text.replace(*edit))
-    temperature = float(options.get("temperature", 1.0))
-    build(source).call("generate", torch.tensor([*numbers, *plan]), pointers, temperature, seed=seed)
+    sampling = [float(options.get(name, 1.0)) for name in ("temperature", "top_p")]
+    numbers = torch.tensor([*numbers, options.get("top_k", 0), *plan])
+    build(source).call("generate", numbers, pointers, *sampling, seed=seed)
     return out if logits is None else (out, logits)

@@ -12,7 +12,6 @@ the same numbers. Pooling is that of WaveletGPT (Verma 2024, 2409.12924): half o
 `representation` is what a linear probe reads.
 """
 
-import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -238,7 +237,7 @@ class CodeLM(nn.Module, Pretrained):
             n: codes to draw.
             prompt: codes (batch, m) or (m,) that come before them.
             progress: show a bar.
-            options: condition, temperature, seed, batch: see `stream`, whose blocks these codes are.
+            options: condition, seed, batch, temperature, top_k, top_p: see `stream`, whose blocks these codes are.
         """
         dtype, device = code_dtype(self.config.n_class), self.head.weight.device
         blocks = [torch.empty(options.get("batch", 1), 0, dtype=dtype, device=device)]
@@ -255,9 +254,9 @@ class CodeLM(nn.Module, Pretrained):
         prompt: Tensor | None = None,
         *,
         condition: Tensor | None = None,
-        temperature: float = 1.0,
         seed: int = 0,
         batch: int = 1,
+        **sampling: float,
     ) -> Iterator[Tensor]:
         """Draw n codes and yield them as they are made, in blocks of up to 64: codes (batch, <= 64).
 
@@ -266,13 +265,13 @@ class CodeLM(nn.Module, Pretrained):
             prompt: codes (batch, m) or (m,) that come before them; without, a stream begins after n_class // 2.
             condition: codes (batch, frames), code i for codes i * condition_hop .. (i + 1) * condition_hop - 1 of
                 prompt and new codes together.
-            temperature: logits are divided by it; 0 takes the most probable code.
             seed: with the position in the stream and the row it gives each draw (audiokernels.philox_uniform).
             batch: streams; a prompt or a condition has as many rows, or one for all.
+            sampling: temperature, top_k, top_p: of audiokernels.Sampling.
         """
-        if n < 0 or batch < 1 or not 0 <= temperature < math.inf:
-            got = f"n={n}, batch={batch}, temperature={temperature}"
-            raise ValueError(f"n must be >= 0, batch >= 1, temperature >= 0 and finite, got {got}")
+        if n < 0 or batch < 1:
+            raise ValueError(f"n must be >= 0 and batch >= 1, got n={n}, batch={batch}")
+        sampling = audiokernels.Sampling(**sampling)
         device, start = self.head.weight.device, self.config.n_class // 2
         known = torch.zeros(1, 0, dtype=torch.int64) if prompt is None else torch.atleast_2d(prompt)
         known = check_codes(known, self.config.n_class).to(device)
@@ -293,7 +292,7 @@ class CodeLM(nn.Module, Pretrained):
             for position in range(first, total):
                 if (position - first) % BLOCK == 0:
                     uniforms = audiokernels.philox_uniform(seed, batch, BLOCK, position=position).to(device)
-                code = draw(self.head(x[:, -1]), uniforms[:, (position - first) % BLOCK], temperature)
+                code = sampling.draw(self.head(x[:, -1]), uniforms[:, (position - first) % BLOCK])
                 made.append(code)
                 if len(made) == BLOCK or position + 1 == total:
                     yield torch.stack(made, dim=1).to(code_dtype(self.config.n_class))
@@ -303,14 +302,6 @@ class CodeLM(nn.Module, Pretrained):
                     x = self._layers(code[:, None], now, state)
         finally:
             self.train(was_training)
-
-
-def draw(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """The first code whose cumulative probability exceeds its number: logits (batch, n_class), uniform (batch,)."""
-    if temperature == 0:
-        return logits.argmax(dim=1)
-    cdf = (logits.float() / temperature).softmax(dim=1).cumsum(dim=1)
-    return (cdf <= uniform[:, None] * cdf[:, -1:]).sum(dim=1).clamp(max=logits.shape[1] - 1)
 
 
 def code_recordings(recordings: Recordings, coder: nn.Module) -> Recordings:

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ class Generator(Pretrained):
             n: samples to draw.
             prompt: codes (batch, m) or (m,) that come before them.
             progress: show a bar.
-            options: condition, label, temperature, seed, batch, dtype: see `stream`, whose blocks these codes are.
+            options: condition, label, seed, batch, dtype, temperature, top_k, top_p: see `stream`, whose blocks these
+                codes are.
         """
         dtype = torch.uint8 if self.config.n_class <= 256 else torch.int16
         codes, done = torch.empty(options.get("batch", 1), max(0, n), dtype=dtype, device=self._device), 0
@@ -92,10 +94,10 @@ class Generator(Pretrained):
         *,
         condition: Tensor | None = None,
         label: Tensor | int | None = None,
-        temperature: float = 1.0,
         seed: int = 0,
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
+        **sampling: float,
     ) -> Iterator[Tensor]:
         """Draw n samples and yield them as they are made, in blocks of a tenth of a second: codes (batch, <= block).
 
@@ -105,17 +107,17 @@ class Generator(Pretrained):
             condition: (batch, frames, condition_channels), frame i for samples i * condition_hop ..
                 (i + 1) * condition_hop - 1 of prompt and new samples together.
             label: (batch,), or one for all.
-            temperature: logits are divided by it; 0 takes the most probable code.
             seed: with the position in the stream and the row it gives each draw (audiokernels.philox_uniform), so
                 a row's codes do not depend on the other rows, nor on the blocks.
             batch: streams; those of prompt and condition must be as many, or one for all.
             dtype: the weights' in the kernel: torch.float32, torch.bfloat16 or torch.int8.
+            sampling: temperature, top_k, top_p: of audiokernels.Sampling.
 
         A WaveNet's blocks of any size, from another thread: audiokernels.WaveNetStream(model.pack(), ...).
         """
         if n < 0 or batch < 1:
             raise ValueError(f"n must be >= 0 and batch >= 1, got n={n}, batch={batch}")
-        device = self._device
+        device, sampling = self._device, audiokernels.Sampling(**sampling)
         prompt = _rows("prompt", torch.zeros(0, dtype=torch.uint8) if prompt is None else prompt, 2, batch)
         total = prompt.shape[1] + n
         frames = self._condition(
@@ -124,7 +126,7 @@ class Generator(Pretrained):
             None if condition is None else _rows("condition", condition, 3, batch).to(device, torch.float32),
             None if label is None else _rows("label", torch.as_tensor(label), 1, batch).to(device),
         )
-        step = self._stepper(batch, frames, temperature, dtype)
+        step = self._stepper(batch, frames, sampling, dtype)
 
         def draw(first: int, last: int, codes: Tensor | None = None) -> Tensor:
             return step(first, audiokernels.philox_uniform(seed, batch, last - first, position=first).to(device), codes)
@@ -148,7 +150,7 @@ class Generator(Pretrained):
         return self.config.condition_hop if self.config.condition_channels else LABEL_HOP
 
     def _stepper(
-        self, batch: int, frames: Tensor | None, temperature: float, dtype: torch.dtype
+        self, batch: int, frames: Tensor | None, sampling: audiokernels.Sampling, dtype: torch.dtype
     ) -> Callable[[int, Tensor, Tensor | None], Tensor]:
         """step(first, uniforms (batch, n), known codes or None) -> the next codes (batch, n), first the position.
 
@@ -161,7 +163,7 @@ class Generator(Pretrained):
         def step(first: int, uniforms: Tensor, codes: Tensor | None) -> Tensor:
             last = first + uniforms.shape[1]
             touched = None if frames is None else frames[:, first // hop :][:, : (last - 1) // hop - first // hop + 1]
-            return generate(pack, state, uniforms, codes=codes, condition=touched, temperature=temperature)
+            return generate(pack, state, uniforms, codes=codes, condition=touched, **asdict(sampling))
 
         return step
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from audiokernels import Sampling
 from audiomodels.generator import check_config, check_parameters, start_near_levels_near
-from audiomodels.step_generator import StepGenerator, pick
+from audiomodels.step_generator import StepGenerator
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class SampleRNN(nn.Module, StepGenerator):
 
     def step(
         self, state: dict, last: Tensor, *, forced: Tensor | None = None, uniforms: Tensor | None = None,
-        temperature: float = 1.0,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One sample: see StepGenerator.step. A tier runs where one of its frames begins."""
         f, big, t = self.config.frame_size, self._big, state["position"]
@@ -167,4 +168,4 @@ class SampleRNN(nn.Module, StepGenerator):
             state["below"], state["middle"] = self.middle(frame, above, state["middle"])
         logits = self._sample(past[:, big - f :], state["below"][:, t % f : t % f + 1])[:, 0]
         state["position"] = t + 1
-        return (pick(logits, uniforms, temperature) if forced is None else forced), logits
+        return (sampling.draw(logits, uniforms) if forced is None else forced), logits

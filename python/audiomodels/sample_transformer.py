@@ -22,7 +22,7 @@ is a condition of the samples in the next one.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from torch.utils.checkpoint import checkpoint
 
 import audiokernels
 from audiomodels.generator import Generator, check_config, check_parameters, start_near_levels_near
-from audiomodels.peers import draw
 
 MLP_RATIO = 4
 POSITIONS = ("rotary", "sinusoidal")
@@ -435,25 +434,23 @@ class SampleTransformer(nn.Module, Generator):
         )
 
     def _stepper(
-        self, batch: int, frames: Tensor | None, temperature: float, dtype: torch.dtype
+        self, batch: int, frames: Tensor | None, sampling: audiokernels.Sampling, dtype: torch.dtype
     ) -> Callable[[int, Tensor, Tensor | None], Tensor]:
         if self.mode == "recompute":
-            return self._recomputing_stepper(batch, frames, temperature, dtype)
+            return self._recomputing_stepper(batch, frames, sampling, dtype)
         if self.latents is None:
-            return super()._stepper(batch, frames, temperature, dtype)
-        return self._latent_stepper(batch, frames, temperature, dtype)
+            return super()._stepper(batch, frames, sampling, dtype)
+        return self._latent_stepper(batch, frames, sampling, dtype)
 
     def _start(self, batch: int) -> Tensor:
         return torch.full((batch, 1), self.config.n_class // 2, device=self._device)
 
     def _recomputing_stepper(
-        self, batch: int, frames: Tensor | None, temperature: float, dtype: torch.dtype
+        self, batch: int, frames: Tensor | None, sampling: audiokernels.Sampling, dtype: torch.dtype
     ) -> Callable[[int, Tensor, Tensor | None], Tensor]:
         """The model itself for every sample."""
         if dtype != torch.float32 or self.latents is not None or frames is not None:
             raise ValueError("mode 'recompute' generates in float32, without condition, label and latents")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
         past = self._start(batch)
 
         def step(first: int, uniforms: Tensor, codes: Tensor | None) -> Tensor:
@@ -463,9 +460,7 @@ class SampleTransformer(nn.Module, Generator):
                 if codes is not None:
                     code = codes[:, t].long()
                 else:
-                    logits = self(past, length=1)[:, 0].float()
-                    sharp = temperature > 0
-                    code = draw(logits / temperature, uniforms[:, t : t + 1]) if sharp else logits.argmax(1)
+                    code = sampling.draw(self(past, length=1)[:, 0], uniforms[:, t])
                 past = torch.cat([past[:, max(0, past.shape[1] - self.receptive_field) :], code[:, None]], 1)
                 made.append(code)
             return torch.stack(made, 1).to(torch.uint8 if self.config.n_class <= 256 else torch.int16)
@@ -473,7 +468,7 @@ class SampleTransformer(nn.Module, Generator):
         return step
 
     def _latent_stepper(
-        self, batch: int, frames: Tensor | None, temperature: float, dtype: torch.dtype
+        self, batch: int, frames: Tensor | None, sampling: audiokernels.Sampling, dtype: torch.dtype
     ) -> Callable[[int, Tensor, Tensor | None], Tensor]:
         """A patch at a time: when one is complete, its latent becomes the condition of the next."""
         patch, pack = self.config.latent_patch, self.pack(dtype)
@@ -499,7 +494,7 @@ class SampleTransformer(nn.Module, Generator):
                         uniforms[:, part],
                         codes=None if codes is None else codes[:, part],
                         condition=frame,
-                        temperature=temperature,
+                        **asdict(sampling),
                     )
                 )
                 seen = torch.cat([seen, made[-1].long()], 1)

@@ -1,19 +1,13 @@
 """Generation in plain torch, a sample at a time, for models without a fused kernel."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from audiokernels import Sampling
 from audiomodels.generator import Generator
-from audiomodels.peers import draw
-
-
-def pick(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-    """logits (batch, n_class), uniforms (batch,) in [0, 1) -> classes (batch,) by inverse CDF; at 0 the most likely."""
-    return draw(logits.float() / temperature, uniforms[:, None]) if temperature else logits.argmax(1)
 
 
 class StepGenerator(Generator):
@@ -27,11 +21,11 @@ class StepGenerator(Generator):
 
     def step(
         self, state: Any, last: Tensor, *, forced: Tensor | None = None, uniforms: Tensor | None = None,
-        temperature: float = 1.0,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The sample after `last`, both codes (batch,) int64, and its logits; `state` is advanced in place.
 
-        forced: the sample, where it is known. uniforms: (batch,), from which it is drawn otherwise.
+        forced: the sample, where it is known. uniforms: (batch,), from which it is drawn otherwise, as `sampling` says.
         """
         raise NotImplementedError
 
@@ -51,12 +45,10 @@ class StepGenerator(Generator):
             raise ValueError("condition and label must not be given: this model takes none")
 
     def _stepper(
-        self, batch: int, frames: Tensor | None, temperature: float, dtype: torch.dtype
+        self, batch: int, frames: Tensor | None, sampling: Sampling, dtype: torch.dtype
     ) -> Callable[[int, Tensor, Tensor | None], Tensor]:
         if dtype != torch.float32:
             raise ValueError(f"dtype must be torch.float32 for a model without a kernel, got {dtype}")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
         state, last = self.initial_state(batch), torch.full((batch,), self.config.n_class // 2, device=self._device)
 
         def step(first: int, uniforms: Tensor, codes: Tensor | None) -> Tensor:
@@ -66,7 +58,7 @@ class StepGenerator(Generator):
                 codes = self.to_codes(codes)
             for t in range(uniforms.shape[1]):
                 if codes is None:
-                    last, _ = self.step(state, last, uniforms=uniforms[:, t], temperature=temperature)
+                    last, _ = self.step(state, last, uniforms=uniforms[:, t], sampling=sampling)
                 else:
                     last, _ = self.step(state, last, forced=codes[:, t])
                 made.append(last)

@@ -198,13 +198,13 @@ def load(folder: str | Path) -> Textless:
 
 
 @torch.no_grad()
-def continue_codes(models: Textless, codes: Tensor, n: int, *, temperature: float = 1.0, seed: int = 0) -> Tensor:
+def continue_codes(models: Textless, codes: Tensor, n: int, *, seed: int = 0, **sampling: float) -> Tensor:
     """n codes (n,) that follow `codes` (time,): units from the language model, each held for a drawn time."""
     if not len(codes):
         raise ValueError("codes must hold at least one to go on from")
     units = cb.collapse(codes)[0]
     made, position = [], len(units)
-    for block in models.lm.stream(n, units, temperature=temperature, seed=seed):
+    for block in models.lm.stream(n, units, seed=seed, **sampling):
         durations = models.durations.draw(block[0], seed=seed + 1, position=position)
         made.append(cb.expand(block[0], durations))
         position += block.shape[1]
@@ -214,10 +214,11 @@ def continue_codes(models: Textless, codes: Tensor, n: int, *, temperature: floa
 
 
 def continue_sound(
-    models: Textless, audio: Tensor, seconds: float, *, temperature: float = 1.0, seed: int = 0, progress: bool = False
+    models: Textless, audio: Tensor, seconds: float, *, seed: int = 0, progress: bool = False, **sampling: float
 ) -> Tensor:
     """`audio` (samples,) at the coder's rate and what comes after it: float32 (samples + seconds * rate,).
 
+    sampling: temperature, top_k, top_p (audiokernels.Sampling), of the units and of the samples that a WaveNet draws.
     The sound is cut to whole codes first. Errors: ValueError for less sound than one code.
     """
     coder, hop = models.coder, models.coder.hop
@@ -225,10 +226,10 @@ def continue_sound(
         raise ValueError(f"audio must hold at least one code, {hop} samples in one channel, got {tuple(audio.shape)}")
     audio, n = audio[: len(audio) // hop * hop], max(1, round(seconds * coder.sample_rate))
     codes = unit_frames(coder, audio)
-    new = continue_codes(models, codes, -(-n // hop), temperature=temperature, seed=seed)
+    new = continue_codes(models, codes, -(-n // hop), seed=seed, **sampling)
     both = torch.cat([codes, new])[None]
     if isinstance(models.decoder, UnitWaveNet | MelWaveNet):
-        made = models.decoder.decode(both, prompt=audio[None], temperature=temperature, seed=seed, progress=progress)
+        made = models.decoder.decode(both, prompt=audio[None], seed=seed, progress=progress, **sampling)
     else:
         made = models.decoder.decode(both)[:, len(audio) :]
     return torch.cat([audio, made[0, :n].to(audio)])

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from audiokernels import Sampling
 from audiomodels.generator import check_config, check_parameters
-from audiomodels.step_generator import StepGenerator, pick
+from audiomodels.step_generator import StepGenerator
 
 N_BYTE, N_CLASS = 256, 65536
 
@@ -123,9 +124,9 @@ class WaveRNN(nn.Module, StepGenerator):
 
     def step(
         self, state: dict, last: Tensor, *, forced: Tensor | None = None, uniforms: Tensor | None = None,
-        temperature: float = 1.0,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """One sample: see StepGenerator.step."""
+        """One sample: see StepGenerator.step. `sampling` holds for each of the two bytes."""
         before = [_scaled(last // N_BYTE), _scaled(last % N_BYTE)]
 
         def states(coarse: Tensor) -> Tensor:
@@ -133,22 +134,20 @@ class WaveRNN(nn.Module, StepGenerator):
 
         half = self.config.n_embd // 2
         coarse_logits = self.coarse(states(torch.zeros_like(before[0]))[:, :half])  # masked: any coarse byte would do
-        coarse = pick(coarse_logits, uniforms, temperature) if forced is None else forced // N_BYTE
+        coarse = sampling.draw(coarse_logits, uniforms) if forced is None else forced // N_BYTE
         state["h"] = states(_scaled(coarse))
         fine_logits = self.fine(state["h"][:, half:])
         if forced is None:
-            fine = pick(fine_logits, _rest(coarse_logits, coarse, uniforms, temperature), temperature)
+            fine = sampling.draw(fine_logits, _rest(sampling.weights(coarse_logits), coarse, uniforms))
         else:
             fine = forced % N_BYTE
         return coarse * N_BYTE + fine, torch.cat([coarse_logits, fine_logits], 1)
 
 
-def _rest(logits: Tensor, drawn: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+def _rest(weights: Tensor, drawn: Tensor, uniforms: Tensor) -> Tensor:
     """Where in its class's share of [0, 1) the number fell that drew it: uniform again, so that one number draws both
     bytes, by the inverse CDF of the whole sample."""
-    if temperature == 0:
-        return uniforms
-    p = torch.softmax(logits.double() / temperature, 1)
+    p = weights.double() / weights.double().sum(1, keepdim=True)
     below = p.cumsum(1).gather(1, drawn[:, None])[:, 0]
     share = p.gather(1, drawn[:, None])[:, 0]
     return (1 - (below - uniforms) / share).clamp(0, 1 - 2**-24).float()

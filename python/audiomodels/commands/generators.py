@@ -1,4 +1,4 @@
-"""Commands around generators: train, generate, evaluate, build-corpus, compare-generators, reproduce."""
+"""Commands around generators: train, generate, conceal, plot-attention, evaluate, comparisons."""
 
 import dataclasses
 import importlib
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
@@ -15,16 +16,17 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from audiomodels import checkpoint, plots, quantize
+from audiomodels import attention_lags, checkpoint, concealment, plots, quantize
 from audiomodels._optional import require
 from audiomodels.audio import read_audio, write_audio
 from audiomodels.compare import bootstrap, predictors, score
 from audiomodels.compare.generators import CompareConfig, Comparison, reproduce
 from audiomodels.corpus import builder
 from audiomodels.data import Crops, Recordings
+from audiomodels.generator import Generator
 from audiomodels.registry import GENERATORS, load
 from audiomodels.sample_rnn import SampleRNNConfig
-from audiomodels.sample_transformer import SampleTransformerConfig
+from audiomodels.sample_transformer import SampleTransformer, SampleTransformerConfig
 from audiomodels.train import TrainConfig, fit, score_blocks, target_blocks
 from audiomodels.wave_rnn import WaveRNNConfig
 from audiomodels.wavenet import WaveNetConfig
@@ -114,6 +116,8 @@ class Generate:
     seconds: float = 4.0  # of new sound
     prompt: File = None  # audio file to continue; it is not part of the result
     temperature: float = 1.0  # 0: always the most probable sample
+    top_k: int | None = None  # draw only from so many most probable codes
+    top_p: float | None = None  # draw only from the fewest most probable codes that hold this share, for example 0.9
     seed: int = 0  # of the draws
     dtype: Literal["fp32", "bf16", "int8"] = "fp32"  # of the weights in the kernel
     batch: int = 1  # streams, each with draws of its own
@@ -125,13 +129,8 @@ class Generate:
             raise ValueError(f"--batch must be 1 .. 1024, got {self.batch}")
         if self.out.suffix.lower() not in (".wav", ".flac"):
             raise ValueError(f"--out must end in .wav or .flac, got {self.out}")
-        model = load(self.model)
-        config = model.config
-        if getattr(config, "condition_channels", 0) or getattr(config, "n_label", 0):
-            raise ValueError(
-                f"{self.model}: needs a condition or label, which only model.generate(...) in Python can take"
-            )
-        prompt = None
+        model = unconditional(self.model)
+        config, prompt = model.config, None
         if self.prompt is not None:
             audio, _ = read_audio(self.prompt, sample_rate=config.sample_rate)
             prompt = quantize.encode(audio, config.companding, config.n_class)
@@ -140,6 +139,8 @@ class Generate:
             n,
             prompt,
             temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
             seed=self.seed,
             batch=self.batch,
             dtype=DTYPES[self.dtype],
@@ -153,6 +154,94 @@ class Generate:
             print(name)
         rate = codes.numel() / took
         print(f"{rate:,.0f} samples/s, {rate / self.batch / config.sample_rate:.2f} x real time a stream")
+
+
+@dataclass
+class Conceal:
+    """Fill lost packets of a recording with what a generator says comes after the sound before them.
+
+    The gaps are given in seconds, or packets are dropped at random; what FILE holds there is not shown to the model. A
+    table and a picture compare it with silence, with repeating the last packet and with repeating the last period of
+    the sound: signal-to-noise ratio and log-spectral distance in the gaps.
+    """
+
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]  # audio file; read at the model's rate
+    gaps: Annotated[str | None, tyro.conf.arg(metavar="START:LENGTH,...")] = None  # what is lost, in seconds
+    loss_rate: float | None = None  # instead of --gaps: drop packets at random with this probability
+    packet_ms: float = 20.0  # length of a packet
+    model: str = "piano"  # model folder, or the name of a shipped model
+    out: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("out.wav")  # .wav or .flac; the picture is OUT.png
+    candidates: int = 8  # continuations to draw; the one that meets the sound after the gap best is taken
+    fade_ms: float = 5.0  # over which the filling gives way to the sound after the gap
+    temperature: float = 1.0  # 0: always the most probable sample
+    top_k: int | None = None  # draw only from so many most probable codes
+    top_p: float | None = None  # draw only from the fewest most probable codes that hold this share, for example 0.9
+    seed: int = 0  # of the lost packets and of the draws
+    dtype: Literal["fp32", "bf16", "int8"] = "fp32"  # of the weights in the kernel
+
+    def run(self) -> None:
+        if (self.gaps is None) == (self.loss_rate is None):
+            raise ValueError("exactly one of --gaps and --loss-rate must be given")
+        for name in ("packet_ms", "fade_ms"):
+            if not (0 if name == "fade_ms" else 0.1) <= getattr(self, name) <= 10_000:
+                raise ValueError(f"--{name.replace('_', '-')} is out of range, got {getattr(self, name):g}")
+        if self.out.suffix.lower() not in (".wav", ".flac"):
+            raise ValueError(f"--out must end in .wav or .flac, got {self.out}")
+        model = unconditional(self.model)
+        audio, rate = read_audio(self.file, sample_rate=model.config.sample_rate)
+        packet, fade = max(1, round(self.packet_ms * rate / 1000)), round(self.fade_ms * rate / 1000)
+        if self.gaps is not None:
+            gaps = concealment.parse_gaps(self.gaps, rate)
+        else:
+            gaps = concealment.lost_packets(len(audio), packet, self.loss_rate, self.seed)
+        gaps = concealment.check_gaps(gaps, len(audio))
+        lost = sum(gap.end - gap.start for gap in gaps)
+        print(f"{len(gaps):,} gaps, {1000 * lost / rate:,.0f} ms of {len(audio) / rate:.1f} s")
+        options = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        fillers = {
+            type(model).__name__: concealment.generated(
+                model, candidates=self.candidates, seed=self.seed, dtype=DTYPES[self.dtype], **options
+            ),
+            "silence": concealment.silence,
+            "last packet": concealment.last_packet(packet),
+            "pitch period": concealment.pitch_period(rate),
+        }
+        filled = {name: concealment.conceal(audio, gaps, fade, fill, progress=True) for name, fill in fillers.items()}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_audio(self.out, filled[type(model).__name__], rate)
+        print(self.out)
+        if not any(audio[gap.start : gap.end].any() for gap in gaps):
+            print("the recording is silent in all gaps: nothing to compare with")
+            return
+        measures = {name: concealment.measure(audio, sound, gaps, rate) for name, sound in filled.items()}
+        print(concealment.table(measures))
+        picture = self.out.with_suffix(".png")
+        concealment.picture(audio, filled, measures, gaps, rate).savefig(picture)
+        print(picture)
+
+
+@dataclass
+class PlotAttention:
+    """Draw how far back a SampleTransformer looks on a recording: attention mass over lag, of every layer and head."""
+
+    model: ModelFolder  # folder of a SampleTransformer, or the name of a shipped one
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]  # audio file; read at the model's rate
+    out: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("attention.png")
+    seconds: float = 4.0  # of the recording, from its start
+
+    def run(self) -> None:
+        if not 0 < self.seconds <= 600:
+            raise ValueError(f"--seconds must be above 0 and at most 600, got {self.seconds:g}")
+        model = unconditional(self.model, {"sample_transformer": SampleTransformer})
+        config = model.config
+        audio, rate = read_audio(self.file, sample_rate=config.sample_rate)
+        codes = quantize.encode(audio[: round(self.seconds * rate)], config.companding, config.n_class)
+        lags = attention_lags.attention_lags(model, codes)
+        print(attention_lags.table(lags))
+        print(f"mean over {len(codes) - config.n_layer * (config.window - 1):,} samples")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        attention_lags.picture(lags, f"{self.model.name} on {self.file.name}").savefig(self.out)
+        print(self.out)
 
 
 @dataclass
@@ -236,6 +325,14 @@ class Reproduce:
         print(f"difference {gap.value:+.6f} [{gap.low:+.6f}, {gap.high:+.6f}]")
 
 
+def unconditional(folder: Path | str, kinds: Mapping[str, type[Generator]] = GENERATORS) -> Generator:
+    """The model in a folder, or a shipped one by name, of one of `kinds`, if it needs neither condition nor label."""
+    model = load(folder, kinds)
+    if getattr(model.config, "condition_channels", 0) or getattr(model.config, "n_label", 0):
+        raise ValueError(f"{folder}: needs a condition or label, which only model.generate(...) in Python can take")
+    return model
+
+
 def splits(source: Path, config: Any, split: str, part: str | None) -> tuple[Recordings, Recordings, str]:
     """(training data, held-out data, what the latter is): by split, or by time where the data has no such splits."""
     kind = {"sample_rate": config.sample_rate, "companding": config.companding, "n_class": config.n_class, "part": part}
@@ -298,6 +395,8 @@ TRAIN = {
 COMMANDS = {
     "train": Train,
     "generate": Generate,
+    "conceal": Conceal,
+    "plot-attention": PlotAttention,
     "evaluate": Evaluate,
     "build-corpus": BuildCorpus,
     "compare-generators": CompareGenerators,

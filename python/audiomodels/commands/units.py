@@ -47,6 +47,8 @@ class Continue:
     seconds: float = 5.0  # of new sound
     out: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("out.wav")  # .wav or .flac
     temperature: float = 1.0  # 0: always the most probable unit and sample
+    top_k: int | None = None  # draw only from so many most probable ones
+    top_p: float | None = None  # draw only from the fewest most probable ones that hold this share, for example 0.9
     seed: int = 0  # of the draws
 
     def run(self) -> None:
@@ -56,8 +58,8 @@ class Continue:
             raise ValueError(f"--out must end in .wav or .flac, got {self.out}")
         models = textless.load(self.models)
         audio, _ = read_mono(self.file, sample_rate=models.coder.sample_rate)
-        options = {"temperature": self.temperature, "seed": self.seed, "progress": True}
-        sound = textless.continue_sound(models, audio, self.seconds, **options)
+        sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        sound = textless.continue_sound(models, audio, self.seconds, seed=self.seed, progress=True, **sampling)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         write_audio(self.out, sound, models.coder.sample_rate)
         print(self.out)
