@@ -12,6 +12,23 @@ namespace audiokernels {
 
 constexpr int kMostLayers = 256;  // they travel with the launch
 
+// What a block of a cluster does: a layer block the first ones, a head block the others, in two kinds of warps.
+enum Stage {
+  kWaitInput,
+  kEmbed,
+  kLayers,
+  kPrepare,
+  kSkip,
+  kWaitSkip,
+  kHead,
+  kWaitHead,
+  kOut,
+  kWaitLogits,
+  kDraw,
+  kNanoseconds,  // no stage: of the whole call
+  kStages
+};
+
 struct WaveNetCall {
   int dtype, residual, hidden, skip, head, n_class, width, condition, n_layer;
   int x_rows, h_rows, skip_rows, head_rows, class_rows;  // padded to 16; the gate has twice h_rows
@@ -30,6 +47,7 @@ struct WaveNetCall {
   float* base;    // scratch: (batch, n_layer, 2 h_rows) biases with the projected condition; null without one
   void* out;      // (batch, n) uint8, or int16 above 256 classes
   float* logits;  // (batch, n, n_class), or null
+  unsigned long long* stages;  // (blocks of a cluster, kStages) clock cycles, or null: of the first cluster, all steps
   float temperature;
   int32_t dilations[kMostLayers];
 };

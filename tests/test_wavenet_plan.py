@@ -43,7 +43,7 @@ def test_every_gpu_has_a_plan_that_fits_it(name, batch):
     if GPUS[name].capability < (8, 0):
         assert made == WaveNetPlan(REFERENCE, "sm_75 is older than sm_80")
     elif GPUS[name].clusters[0]:
-        groups = 2 if batch == 1000 else 1
+        groups = 3 if batch == 1000 else 1  # in three waves
         assert (made.kernel, made.cluster, made.streams) == ("cuda_cluster", (groups, 4, 4), 8 * groups)
         assert made.blocks == 8 * -(-batch // made.streams) and made.to_ints() == [groups, 4, 4]
     else:
@@ -86,9 +86,13 @@ def test_what_a_cluster_takes():
         assert made.kernel == "cuda_general" and why in made.why, (sizes, made)
 
 
-def test_two_groups_share_a_cluster_once_the_gpu_is_full():
-    assert [standard("H100", batch).cluster[0] for batch in (1, 8, 120, 121, 240)] == [1, 1, 1, 2, 2]
-    assert standard("H100", 240).blocks == 120
+def test_groups_share_a_cluster_once_the_gpu_is_full():
+    batches = (0, 1, 8, 120, 121, 240, 241, 256, 360, 361, 720, 721)
+    assert [standard("H100", batch).cluster[0] for batch in batches] == [1, 1, 1, 1, 2, 2, 3, 3, 3, 2, 3, 3]
+    assert standard("H100", 256).blocks == 8 * 11  # one wave
+    small = {"residual": 32, "hidden": 32, "skip": 64, "head": 64}
+    assert standard("H100", 1000, **small).cluster[0] == 3 and standard("H100", 480, **small).cluster[0] == 4
+    assert standard("H100", 480, layers=40).cluster == (1, 8, 8)  # more do not fit beside its skip weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])

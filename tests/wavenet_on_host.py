@@ -1,5 +1,7 @@
 """wavenet_generate by its kernels for GPUs, run on the host: the arguments of wavenet_generate, and which kernel."""
 
+import re
+
 import torch
 from cuda_on_host import CSRC, build
 
@@ -61,6 +63,8 @@ def on_host(kernel, plan, pack, state, uniforms, *, seed=0, edit=None, **options
     source = SOURCE.format(kernel=kernel, launch=launch)
     if edit is not None:
         text = (CSRC / f"wavenet_{kernel}_cuda.cu").read_text()
+        for header in re.findall(r'#include "(wavenet_cluster_\w+\.h)"', text):
+            text = text.replace(f'#include "{header}"', (CSRC / header).read_text().replace("#pragma once", ""))
         if edit[0] not in text:
             raise ValueError(f"not in the kernel: {edit[0]}")
         source = source.replace(f'#include "wavenet_{kernel}_cuda.cu"', text.replace(*edit))
