@@ -151,14 +151,17 @@ __device__ __forceinline__ void add_product(float (&sums)[4], const uint4* tiles
 // Adds up the cycles that one thread of the first cluster's blocks spends in each stage; off unless asked for.
 class StageClock {
  public:
-  __device__ StageClock(const WaveNetCall& c, uint32_t rank, bool first_thread)
-      : sums_(c.stages && blockIdx.x == rank && first_thread ? c.stages + rank * kStages : nullptr),
-        last_(ptx::clock()) {}
-  __device__ void lap(Stage stage) {
+  __device__ StageClock(const WaveNetCall& c, uint32_t rank, bool measures)
+      : sums_(c.stages && blockIdx.x == rank && measures ? c.stages + rank * kStages : nullptr), last_(0) {}
+  __device__ void start() { last_ = ptx::clock(); }
+  __device__ void lap(Stage stage) {  // what has passed since the last lap
     if (!sums_) return;
     const uint32_t now = ptx::clock();
-    atomicAdd(sums_ + stage, (unsigned long long)(now - last_));
+    add(stage, now - last_);
     last_ = now;
+  }
+  __device__ void add(Stage stage, uint64_t number) const {
+    if (sums_) atomicAdd(sums_ + stage, static_cast<unsigned long long>(number));
   }
 
  private:

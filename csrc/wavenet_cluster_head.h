@@ -226,11 +226,12 @@ struct HeadBlock {
   }
 
   // By all threads, once their weights are there.
-  __device__ void begin() const {
+  __device__ void begin() {
     if (threadIdx.x == 0) init_barriers();
     __syncthreads();
     ptx::cluster_arrive();
     ptx::cluster_wait();
+    clock.start();
   }
 
   __device__ void run() {

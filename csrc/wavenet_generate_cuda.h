@@ -12,20 +12,20 @@ namespace audiokernels {
 
 constexpr int kMostLayers = 256;  // they travel with the launch
 
-// What a block of a cluster does: a layer block the first ones, a head block the others, in two kinds of warps.
+// Where the time of a block of a cluster goes; audiokernels/wavenet_stages.py names the stages.
 enum Stage {
-  kWaitInput,
+  kWaitInput,  // a block of layers
   kEmbed,
   kLayers,
   kPrepare,
-  kSkip,
+  kSkip,  // a head block: the warps of skip and head
   kWaitSkip,
   kHead,
-  kWaitHead,
+  kWaitHead,  // and those of the output
   kOut,
   kWaitLogits,
   kDraw,
-  kNanoseconds,  // no stage: of the whole call
+  kNanoseconds,  // no stage: the time of all of them together, of a block of layers
   kStages
 };
 
@@ -47,7 +47,7 @@ struct WaveNetCall {
   float* base;    // scratch: (batch, n_layer, 2 h_rows) biases with the projected condition; null without one
   void* out;      // (batch, n) uint8, or int16 above 256 classes
   float* logits;  // (batch, n, n_class), or null
-  unsigned long long* stages;  // (blocks of a cluster, kStages) clock cycles, or null: of the first cluster, all steps
+  unsigned long long* stages;  // (blocks of a cluster, kStages) clock cycles, or null
   float temperature;
   int32_t dilations[kMostLayers];
 };

@@ -10,6 +10,7 @@ from wavenet_on_host import on_host
 
 from audiokernels import explain, philox_uniform, wavenet_generate, wavenet_pack, wavenet_state, wavenet_unpack
 from audiokernels.wavenet_plan import Gpu, cluster_bytes, general_bytes, gpu_facts, wavenet_generate_plan
+from audiokernels.wavenet_stages import COUNTS, HEAD_STAGES, LAYER_STAGES, stage_times
 
 host = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 SIZES = {
@@ -230,6 +231,35 @@ def test_cluster_kernel_condition_codes_and_temperature():
         pack, wavenet_state(pack, 2), uniforms, condition=frames, temperature=0.0, return_logits=True
     )
     assert torch.equal(greedy.long(), logits.argmax(2))
+
+
+@host
+def test_cluster_kernel_counts_its_stages():
+    """On the host the clock ticks whenever it is read; the codes are those of a call without counts."""
+    pack, uniforms, layout = pack_of([1, 2, 4], dtype=torch.float16, **SMALL), philox_uniform(1, 19, 6), (2, 2, 2)
+    counts = torch.zeros(sum(layout[1:]), COUNTS, dtype=torch.int64)
+    codes = cluster(pack, wavenet_state(pack, 19), uniforms, layout, stages=counts)
+    assert torch.equal(codes, cluster(pack, wavenet_state(pack, 19), uniforms, layout))
+    layers, heads = len(LAYER_STAGES), len(HEAD_STAGES)
+    used = torch.tensor(
+        [[True] * layers + [False] * heads + [True]] * 2 + [[False] * layers + [True] * heads + [False]] * 2
+    )
+    assert torch.equal(counts > 0, used)
+    times = stage_times(counts, 6, 2)
+    assert [list(block) for block in times.blocks] == [list(LAYER_STAGES)] * 2 + [list(HEAD_STAGES)] * 2
+    per_step = counts[:2, -1].sum() / 2 / 1e3 / 6  # microseconds of a step of a layer block
+    assert sum(times.blocks[0].values()) + sum(times.blocks[1].values()) == pytest.approx(2 * float(per_step))
+
+
+def test_stage_times():
+    counts = torch.zeros(2, COUNTS, dtype=torch.int64)
+    counts[0, :4] = torch.tensor([1000, 0, 6000, 3000])
+    counts[0, -1] = 5000  # nanoseconds: 2 GHz
+    counts[1, 4:11] = 400
+    times = stage_times(counts, 10, 1)
+    assert times.gigahertz == pytest.approx(2.0)
+    assert times.blocks[0] == pytest.approx({"wait for input": 0.05, "embedding": 0, "layers": 0.3, "prepare": 0.15})
+    assert times.blocks[1] == pytest.approx(dict.fromkeys(HEAD_STAGES, 0.02))
 
 
 @host

@@ -29,6 +29,7 @@ CUDA_ON_HOST_EXPORT int generate(const int64_t* n, void** data, double temperatu
   c.n_frames = next();
   c.pack = (uint8_t*)data[0], c.state = (float*)data[1], c.uniforms = (float*)data[2], c.codes = data[3];
   c.frames = (float*)data[4], c.base = (float*)data[5], c.out = data[6], c.logits = (float*)data[7];
+  c.stages = (unsigned long long*)data[8];
   c.temperature = float(temperature);
   const int plan[4] = {{int(next()), int(next()), int(next()), int(next())}};
   return launch(c, plan);
@@ -57,7 +58,7 @@ def on_host(kernel, plan, pack, state, uniforms, *, seed=0, edit=None, **options
     numbers += [state.stride(0), *uniforms.stride()]
     numbers += [0, 0, 0, 1] if codes is None else [*codes.stride(), codes.shape[1], codes.element_size()]
     numbers += [0, 0, 0, 0] if condition is None else [*condition.stride(), condition.shape[1]]
-    tensors = [pack.data, state, uniforms, codes, condition, base, out, logits]
+    tensors = [pack.data, state, uniforms, codes, condition, base, out, logits, options.get("stages")]
     pointers = torch.tensor([0 if t is None else t.data_ptr() for t in tensors])
     launch = f"static int launch(const audiokernels::WaveNetCall& c, const int* plan) {{ {LAUNCH[kernel]} }}"
     source = SOURCE.format(kernel=kernel, launch=launch)
