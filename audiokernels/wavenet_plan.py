@@ -1,9 +1,10 @@
 """Which CUDA kernel a call of wavenet_generate takes, in how many blocks: a pure function of sizes and device facts.
 
 cuda_cluster: clusters of 2 to 16 blocks keep all weights in registers and shared memory and run 1 to 4 groups of 8
-streams each, as many as fit and fill the GPU once. It takes float16 and bfloat16 packs of 32 or 64 residual channels
-with as many hidden ones, width 2 or 3, up to 40 layers (32 of width 3 and 64 channels), 64 to 256 skip and head
-channels and classes; compute capability 9 and 10.
+streams each, as many as fit and fill the GPU once. It takes float16 and bfloat16 packs of 32, 64 or 128 residual
+channels with as many hidden ones, width 2 or 3, 64 to 256 skip and head channels and classes, compute capability 9 and
+10; up to 40 layers, of width 3 and 64 channels up to 34, of 128 channels up to 12, and up to 60 where the skip
+channels leave room.
 cuda_general: a block takes one or four streams and reads all weights from L2 for each sample; any sizes whose
 activations fit the shared memory of a block, sm_80 and later.
 """
@@ -20,7 +21,7 @@ from audiokernels.wavenet_pack import WaveNetShape
 THREADS = 512  # of a block of the general kernel
 MOST_LAYERS = 256  # dilations travel with the launch
 STREAMS = 8  # of a group: the columns of one matrix product
-LOCAL_LAYERS = 5  # of a block of a cluster
+LOCAL_LAYERS = {32: 5, 64: 5, 128: 1}  # of a block of a cluster, by residual channels
 MOST_TILES = 4  # of 16 rows of skip, head or classes, of a block of a cluster
 HELD_TILES = 16  # of 16 inputs: skip weights that a warp keeps in registers
 MOST_GROUPS = 4  # a step of a group takes about four times as long as its stay in a block
@@ -86,14 +87,14 @@ def cluster_layout(shape: WaveNetShape, batch: int, gpu: Gpu) -> tuple[tuple[int
         return (), "clusters of so much shared memory do not fit this GPU"
     if shape.dtype not in (torch.float16, torch.bfloat16):
         return (), "the pack is neither float16 nor bfloat16"
-    if shape.residual not in (32, 64) or shape.hidden != shape.residual or shape.width < 2:
-        return (), "it takes 32 or 64 residual channels, as many hidden ones, and a width of at least 2"
+    if shape.residual not in LOCAL_LAYERS or shape.hidden != shape.residual or shape.width < 2:
+        return (), "it takes 32, 64 or 128 residual channels, as many hidden ones, and a width of at least 2"
     rows = [round_up(size, LANES) for size in (shape.skip, shape.head, shape.n_class)]
-    local = LOCAL_LAYERS
+    local = LOCAL_LAYERS[shape.residual]
     while local > 1 and layer_bytes(shape, 1, local) > gpu.shared_memory:
         local -= 1
     layer_blocks = -(-len(shape.dilations) // local)
-    if max(rows) > 256 or layer_blocks > 8:
+    if max(rows) > 256 or layer_blocks > 12:
         return (), "the layers, or the rows of skip, head and classes, are too many for a cluster"
     for size, resident in zip((8, 16), gpu.clusters, strict=True):
         head_blocks = min(size - layer_blocks, 8, min(rows) // LANES)

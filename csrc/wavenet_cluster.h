@@ -9,11 +9,11 @@ namespace {
 
 constexpr int kThreads = 384, kWarps = kThreads / 32;
 constexpr int kStreams = 8;      // of a group: the columns of one matrix product
-constexpr int kMostLocal = 5;    // layers of a block
 constexpr int kTileBytes = 512;  // 16 x 16 weights as the lanes hold them
 constexpr int kMostTiles = 16;   // rows of skip, head and output
 
 __host__ __device__ constexpr int padded(int n, int to) { return (n + to - 1) / to * to; }
+__host__ __device__ constexpr int most_local(int residual) { return residual > 64 ? 1 : 5; }  // layers of a block
 __host__ __device__ constexpr int at_most(int n, int limit) { return n < limit ? n : limit; }
 
 // Byte offsets into shared memory, the same in every block of a kind; `bytes` is what the larger kind takes.

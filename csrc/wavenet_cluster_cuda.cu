@@ -38,18 +38,24 @@ using Kernel = void (*)(WaveNetCall, WaveNetCluster, Places);
 
 template <class Type>
 Kernel kernel_of(const WaveNetCall& c) {
-  return c.residual == 32 ? cluster_kernel<32, Type> : cluster_kernel<64, Type>;
+  switch (c.residual) {
+    case 32: return cluster_kernel<32, Type>;
+    case 64: return cluster_kernel<64, Type>;
+    default: return cluster_kernel<128, Type>;
+  }
 }
 
 // The launch for a call; cudaErrorInvalidValue if the call is not one for this kernel.
 cudaError_t configure(const WaveNetCall& c, const WaveNetCluster& k, Kernel* kernel, cudaLaunchConfig_t* config) {
   const int local = k.layer_blocks > 0 ? (c.n_layer + k.layer_blocks - 1) / k.layer_blocks : 0;
   const int tiles = 16 * k.head_blocks;
-  const bool sizes = (c.residual == 32 || c.residual == 64) && c.hidden == c.residual && c.width >= 2;
+  const bool sizes =
+      (c.residual == 32 || c.residual == 64 || c.residual == 128) && c.hidden == c.residual && c.width >= 2;
   const bool rows = c.skip_rows >= tiles && c.head_rows >= tiles && c.class_rows >= tiles && c.skip_rows <= 256 &&
                     c.head_rows <= 256 && c.n_class <= 256;
-  if (!sizes || !rows || k.groups < 1 || k.layer_blocks < 1 || k.layer_blocks > c.n_layer || local > kMostLocal ||
-      3 * Places::warps_of(c, k) > kWarps || (c.dtype != kFloat16 && c.dtype != kBFloat16))
+  if (!sizes || !rows || k.groups < 1 || k.layer_blocks < 1 || k.layer_blocks > c.n_layer ||
+      local > most_local(c.residual) || 3 * Places::warps_of(c, k) > kWarps ||
+      (c.dtype != kFloat16 && c.dtype != kBFloat16))
     return cudaErrorInvalidValue;
   *kernel = c.dtype == kFloat16 ? kernel_of<ptx::Float16>(c) : kernel_of<ptx::BFloat16>(c);
   const int bytes = Places(c, k).bytes, blocks = k.layer_blocks + k.head_blocks, streams = k.groups * kStreams;

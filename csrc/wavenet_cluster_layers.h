@@ -9,7 +9,9 @@ namespace {
 
 template <int R, class Type>
 struct LayerBlock {
-  static constexpr int kSteps = R / 16, kGateWarps = 2 * kSteps, kVector = R * 2 * kStreams;
+  static constexpr int kSteps = R / 16, kVector = R * 2 * kStreams, kLocal = most_local(R);
+  static constexpr int kTiles = R > 64 ? R / 64 : 1;  // of 16 rows, of a warp
+  static constexpr int kGateWarps = 2 * kSteps / kTiles, kXWarps = kSteps / kTiles;
   const WaveNetCall& c;
   const WaveNetCluster& k;
   const Places& at;
@@ -17,9 +19,9 @@ struct LayerBlock {
   uint32_t base;  // the address of `shared`
   int rank, warp, lane;
   int first_layer, n_local;
-  int64_t first;                // stream of the cluster
-  uint4 w[kMostLocal][kSteps];  // a gate warp's tile of M, an x warp's of W_res
-  float pre[kMostLocal][4];     // what z starts from in the next item: past taps, bias, condition
+  int64_t first;                    // stream of the cluster
+  uint4 w[kLocal][kTiles][kSteps];  // a gate warp's tiles of M, an x warp's of W_res
+  float pre[kLocal][kTiles][4];     // what z starts from in the next item: past taps, bias, condition
   StageClock clock;
 
   __device__ LayerBlock(const WaveNetCall& c, const WaveNetCluster& k, const Places& at, int64_t first)
@@ -47,15 +49,19 @@ struct LayerBlock {
   __device__ int64_t& ring(int l) const { return reinterpret_cast<int64_t*>(shared + at.rings)[l]; }
   __device__ int64_t& start(int g, int s) const { return reinterpret_cast<int64_t*>(shared + at.starts)[stream(g, s)]; }
   __device__ int& code(int g, int s) const { return reinterpret_cast<int*>(shared + at.codes)[stream(g, s)]; }
-  // Row tile `warp` of the gate: 8 channels' tanh rows, then their sigmoid rows, so that a lane holds both.
-  __device__ uint4 gate_tile(const Matrix& m, int step) const { return m.tile(8 * warp, R + 8 * warp, step); }
+  __device__ bool gates() const { return warp < kGateWarps; }
+  __device__ bool has_x() const { return !gates() && warp < kGateWarps + kXWarps; }
+  // The warp's tiles are row_tile() .. row_tile() + kTiles - 1.
+  __device__ int row_tile() const { return kTiles * (gates() ? warp : warp - kGateWarps); }
+  // Row tile i of the gate: 8 channels' tanh rows, then their sigmoid rows, so that a lane holds both.
+  __device__ uint4 gate_tile(const Matrix& m, int i, int step) const { return m.tile(8 * i, R + 8 * i, step); }
   __device__ uint4* tile_of(int l, int tap, int row_tile, int step) const {
     return reinterpret_cast<uint4*>(shared + at.weights) +
-           ((((l * c.width + tap) * kGateWarps + row_tile) * kSteps + step) * 32 + lane);
+           ((((l * c.width + tap) * 2 * kSteps + row_tile) * kSteps + step) * 32 + lane);
   }
 
-  // The warp's tile of M_l = W_cur W_res of the layer before, put where that of tap 0 belongs.
-  __device__ void multiply_weights(int l) const {
+  // A tile of M_l = W_cur W_res of the layer before, put where that of tap 0 belongs.
+  __device__ void multiply_weights(int l, int row_tile) const {
     const Pack pack{c};
     const int layer = first_layer + l;
 #pragma unroll 1
@@ -71,42 +77,45 @@ struct LayerBlock {
 #pragma unroll 1
         for (int j = 0; j < kSteps; j++) {
           const int row = 16 * j + lane % 4 * 2;
-          ptx::mma(sums, gate_tile(cur, j),
+          ptx::mma(sums, gate_tile(cur, row_tile, j),
                    uint2{element(row) | element(row + 1) << 16, element(row + 8) | element(row + 9) << 16}, Type{});
         }
         words[2 * half] = ptx::pack(sums[0], sums[1], Type{});
         words[2 * half + 1] = ptx::pack(sums[2], sums[3], Type{});
       }
-      *tile_of(l, 0, warp, step) = {words[0], words[1], words[2], words[3]};
+      *tile_of(l, 0, row_tile, step) = {words[0], words[1], words[2], words[3]};
     }
   }
 
   __device__ void load_weights() {
     const Pack pack{c};
-    const bool gates = warp < kGateWarps, residual = !gates && warp < kGateWarps + kSteps;
-    const int row_tile = gates ? warp : warp - kGateWarps;
     // By way of shared memory, so that the loops over layers stay loops; a lane reads back what it wrote itself.
 #pragma unroll 1
-    for (int l = 0; l < n_local; l++) {
-      if (gates) multiply_weights(l);
-      for (int step = 0; step < kSteps && residual; step++)
-        *tile_of(l, 1, row_tile, step) =
-            first_layer + l > 0 ? pack.mix(first_layer + l - 1).tile(16 * row_tile, 16 * row_tile + 8, step)
-                                : uint4{0, 0, 0, 0};
-    }
+    for (int l = 0; l < n_local; l++)
+#pragma unroll 1
+      for (int i = row_tile(); i < row_tile() + kTiles; i++) {
+        if (gates()) multiply_weights(l, i);
+        for (int step = 0; step < kSteps && has_x(); step++)
+          *tile_of(l, 1, i, step) =
+              first_layer + l > 0 ? pack.mix(first_layer + l - 1).tile(16 * i, 16 * i + 8, step) : uint4{0, 0, 0, 0};
+      }
 #pragma unroll
-    for (int l = 0; l < kMostLocal; l++)
+    for (int l = 0; l < kLocal; l++)
 #pragma unroll
-      for (int step = 0; step < kSteps; step++)
-        if (l < n_local && (gates || residual)) w[l][step] = *tile_of(l, residual, row_tile, step);
+      for (int i = 0; i < kTiles; i++)
+#pragma unroll
+        for (int step = 0; step < kSteps; step++)
+          if (l < n_local && (gates() || has_x())) w[l][i][step] = *tile_of(l, has_x(), row_tile() + i, step);
     __syncthreads();
 #pragma unroll 1
     for (int l = 0; l < n_local; l++) {
       const int layer = first_layer + l;
       const Matrix conv = pack.conv(layer), cur = conv.tap(c.width - 1);
 #pragma unroll 1
-      for (int i = 0; i < c.width * kSteps && gates; i++)
-        *tile_of(l, i / kSteps, warp, i % kSteps) = gate_tile(conv.tap(i / kSteps), i % kSteps);
+      for (int i = 0; i < c.width * kTiles * kSteps && gates(); i++) {
+        const int tap = i / (kTiles * kSteps), tile = row_tile() + i / kSteps % kTiles;
+        *tile_of(l, tap, tile, i % kSteps) = gate_tile(conv.tap(tap), tile, i % kSteps);
+      }
       // The residual's bias goes into x_l by itself and into z_l through W_cur.
       for (int row = threadIdx.x; row < 2 * R; row += kThreads) {
         float sum = c.base ? 0.0f : conv.bias[row];
@@ -208,22 +217,25 @@ struct LayerBlock {
     __syncthreads();
     load_past(g);
     __syncthreads();
-    if (warp >= kGateWarps) return;
-    const int low = 8 * warp + lane / 4, s = lane % 4 * 2;
+    if (!gates()) return;
+    const int s = lane % 4 * 2;
 #pragma unroll
-    for (int l = 0; l < kMostLocal; l++) {
+    for (int l = 0; l < kLocal; l++) {
       if (l >= n_local) continue;
       const float* bias = reinterpret_cast<const float*>(shared + at.z_bias) + l * 2 * R;
-      for (int i = 0; i < 4; i++) {
-        const int row = low + i / 2 * R;
-        pre[l][i] = bias[row];
-        if (c.base && active(g, s + i % 2))
-          pre[l][i] += c.base[((first + stream(g, s + i % 2)) * c.n_layer + first_layer + l) * 2 * R + row];
-      }
+#pragma unroll
+      for (int tile = 0; tile < kTiles; tile++) {
+        for (int i = 0; i < 4; i++) {
+          const int row = 8 * (row_tile() + tile) + lane / 4 + i / 2 * R;
+          pre[l][tile][i] = bias[row];
+          if (c.base && active(g, s + i % 2))
+            pre[l][tile][i] += c.base[((first + stream(g, s + i % 2)) * c.n_layer + first_layer + l) * 2 * R + row];
+        }
 #pragma unroll 1
-      for (int tap = 0; tap + 1 < c.width; tap++)
-        add_product<kSteps>(pre[l], tile_of(l, tap, warp, 0), 32, base + at.past + (l * (c.width - 1) + tap) * kVector,
-                            Type{});
+        for (int tap = 0; tap + 1 < c.width; tap++)
+          add_product<kSteps>(pre[l][tile], tile_of(l, tap, row_tile() + tile, 0), 32,
+                              base + at.past + (l * (c.width - 1) + tap) * kVector, Type{});
+      }
     }
   }
 
@@ -234,46 +246,52 @@ struct LayerBlock {
     const bool hands_on = rank + 1 < k.layer_blocks;
     const uint32_t next = hands_on ? ptx::map_shared(base, rank + 1) : 0, next_full = next + at.in_full + 8 * g;
     const int pair = lane % 4 * 4;  // bytes to the lane's two streams
-    float x[4];
+    float x[kTiles][4];
 #pragma unroll
-    for (int l = 0; l < kMostLocal; l++) {
+    for (int l = 0; l < kLocal; l++) {
       if (l >= n_local) continue;
       const int h_at = at.h + (g * n_local + l) * kVector, x_at = at.x + l % 2 * kVector;
       const int h_in = l == 0 ? at.in_h + g * kVector : h_at - kVector;
       const int x_in = l == 0 ? at.in_x + g * kVector : at.x + (l + 1) % 2 * kVector;
       const bool leaves = l + 1 == n_local && hands_on;
-      if (warp < kGateWarps) {
-        float z[4] = {};
-        add_product<kSteps>(z, w[l], 1, base + h_in, Type{});
-        add_product<kSteps>(pre[l], tile_of(l, c.width - 1, warp, 0), 32, base + x_in, Type{});
-        float h[2];
-        for (int i = 0; i < 2; i++)
-          h[i] = ptx::tanh_approx(z[i] + pre[l][i]) *
-                 fmaf(ptx::tanh_approx(0.5f * (z[2 + i] + pre[l][2 + i])), 0.5f, 0.5f);
-        const uint32_t word = ptx::pack(h[0], h[1], Type{});
-        const int row = (8 * warp + lane / 4) * 2 * kStreams + pair;
-        put(h_at + row, word);
-        if (leaves) ptx::store_async(next + at.in_h + g * kVector + row, word, next_full);
-        ptx::fence_async();  // the bulk copies below read it
-      } else if (warp < kGateWarps + kSteps) {
-        const int low = 16 * (warp - kGateWarps) + lane / 4, s = lane % 4 * 2;
-        for (int i = 0; i < 4; i++) {
-          const int row = low + i / 2 * 8;
-          if (l == 0) x[i] = reinterpret_cast<float*>(shared + at.in_x32)[(g * R + row) * kStreams + s + i % 2];
-          x[i] += reinterpret_cast<float*>(shared + at.x_bias)[l * R + row];
-        }
-        add_product<kSteps>(x, w[l], 1, base + h_in, Type{});
-        for (int half = 0; half < 2; half++) {
-          const int row = low + 8 * half, bytes = row * 2 * kStreams + pair;
-          const uint32_t word = ptx::pack(x[2 * half], x[2 * half + 1], Type{});
-          put(x_at + bytes, word);
-          if (leaves) {
-            ptx::store_async(next + at.in_x + g * kVector + bytes, word, next_full);
-            ptx::store_async(next + at.in_x32 + 2 * (g * kVector + bytes),
-                             uint2{__float_as_uint(x[2 * half]), __float_as_uint(x[2 * half + 1])}, next_full);
-          }
+      if (gates()) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; tile++) {
+          float z[4] = {}, h[2];
+          add_product<kSteps>(z, w[l][tile], 1, base + h_in, Type{});
+          add_product<kSteps>(pre[l][tile], tile_of(l, c.width - 1, row_tile() + tile, 0), 32, base + x_in, Type{});
           for (int i = 0; i < 2; i++)
-            if (active(g, s + i)) state(g, s + i)[ring(l) + int64_t(slot(g, l, s + i)) * R + row] = x[2 * half + i];
+            h[i] = ptx::tanh_approx(z[i] + pre[l][tile][i]) *
+                   fmaf(ptx::tanh_approx(0.5f * (z[2 + i] + pre[l][tile][2 + i])), 0.5f, 0.5f);
+          const uint32_t word = ptx::pack(h[0], h[1], Type{});
+          const int bytes = (8 * (row_tile() + tile) + lane / 4) * 2 * kStreams + pair;
+          put(h_at + bytes, word);
+          if (leaves) ptx::store_async(next + at.in_h + g * kVector + bytes, word, next_full);
+        }
+        ptx::fence_async();  // the bulk copies below read it
+      } else if (has_x()) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; tile++) {
+          const int low = 16 * (row_tile() + tile) + lane / 4, s = lane % 4 * 2;
+          for (int i = 0; i < 4; i++) {
+            const int row = low + i / 2 * 8;
+            if (l == 0) x[tile][i] = reinterpret_cast<float*>(shared + at.in_x32)[(g * R + row) * kStreams + s + i % 2];
+            x[tile][i] += reinterpret_cast<float*>(shared + at.x_bias)[l * R + row];
+          }
+          add_product<kSteps>(x[tile], w[l][tile], 1, base + h_in, Type{});
+          for (int half = 0; half < 2; half++) {
+            const int row = low + 8 * half, bytes = row * 2 * kStreams + pair;
+            const float two[2] = {x[tile][2 * half], x[tile][2 * half + 1]};
+            const uint32_t word = ptx::pack(two[0], two[1], Type{});
+            put(x_at + bytes, word);
+            if (leaves) {
+              ptx::store_async(next + at.in_x + g * kVector + bytes, word, next_full);
+              ptx::store_async(next + at.in_x32 + 2 * (g * kVector + bytes),
+                               uint2{__float_as_uint(two[0]), __float_as_uint(two[1])}, next_full);
+            }
+            for (int i = 0; i < 2; i++)
+              if (active(g, s + i)) state(g, s + i)[ring(l) + int64_t(slot(g, l, s + i)) * R + row] = two[i];
+          }
         }
       }
       __syncthreads();

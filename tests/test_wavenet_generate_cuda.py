@@ -147,6 +147,7 @@ CLUSTERS = {  # dilations, sizes, layout
         {"residual": 64, "hidden": 64, "skip": 40, "head": 90, "n_class": 50},
         (1, 1, 2),
     ),
+    "128 channels": ([1, 2], {"residual": 128, "hidden": 128, "width": 3}, (2, 2, 2)),
     "one layer": ([2], {"n_class": 256, "head": 256, "skip": 256}, (1, 1, 4)),
 }
 
@@ -507,6 +508,7 @@ ODD = [  # layers' dilations, sizes, batch, samples
     ([1, 2, 4], {"residual": 32, "hidden": 32, "skip": 64, "head": 64, "n_class": 64}, 9, 13),
     ([1, 2, 4, 8, 1, 2], {"residual": 64, "hidden": 64, "skip": 70, "head": 80, "n_class": 100}, 17, 6),
     ([1, 2], {"residual": 32, "hidden": 32, "width": 3, "skip": 128, "n_class": 256, "condition": 5}, 7, 12),
+    ([1, 2, 1], {"residual": 128, "hidden": 128, "skip": 200, "head": 150, "n_class": 256}, 11, 8),
     ([5, 3, 7, 2], {"residual": 31, "hidden": 37, "skip": 61, "head": 67, "n_class": 127}, 1, 17),
 ]
 

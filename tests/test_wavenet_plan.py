@@ -63,6 +63,11 @@ def test_what_a_cluster_takes():
         ({"skip": 64, "head": 64, "n_class": 64}, (4, 4)),
         ({"width": 3, "layers": 16}, (4, 4)),
         ({"width": 3, "layers": 32}, (8, 8)),
+        ({"width": 3, "layers": 34}, (9, 7)),
+        ({"residual": 64, "skip": 64, "head": 64, "layers": 60}, (12, 4)),
+        ({"residual": 32, "hidden": 32, "layers": 54}, (11, 5)),
+        ({"residual": 128, "hidden": 128, "layers": 4}, (4, 4)),
+        ({"residual": 128, "hidden": 128, "width": 3, "layers": 12}, (12, 4)),
         ({"condition": 80, "hop": 200}, (4, 4)),
         ({"dtype": torch.bfloat16}, (4, 4)),
     ]
@@ -72,13 +77,15 @@ def test_what_a_cluster_takes():
     refused = [
         ({"dtype": torch.float32}, "neither float16"),
         ({"dtype": torch.int8}, "neither float16"),
-        ({"residual": 128, "hidden": 128}, "32 or 64 residual"),
-        ({"residual": 64, "hidden": 32}, "32 or 64 residual"),
+        ({"residual": 48, "hidden": 48}, "32, 64 or 128 residual"),
+        ({"residual": 64, "hidden": 32}, "32, 64 or 128 residual"),
+        ({"residual": 128, "hidden": 128, "layers": 13}, "too many for a cluster"),
         ({"width": 1}, "width of at least 2"),
         ({"skip": 272}, "too many for a cluster"),
         ({"n_class": 1024}, "too many for a cluster"),
-        ({"layers": 41}, "too many for a cluster"),
-        ({"width": 3, "layers": 33}, "too many for a cluster"),
+        ({"layers": 61}, "too many for a cluster"),
+        ({"layers": 41}, "too little shared memory"),
+        ({"width": 3, "layers": 35}, "too little shared memory"),
         ({"n_class": 2}, "too many rows"),
     ]
     for sizes, why in refused:
