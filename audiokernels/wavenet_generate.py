@@ -40,6 +40,10 @@ lib.define(  # the kernels for GPUs; plan: WaveNetPlan.to_ints()
     "Tensor? condition, float temperature, bool return_logits, SymInt? top_k, float? top_p, SymInt[] plan) -> "
     "(Tensor, Tensor)"
 )
+lib.define(  # the cluster kernel, counting cycles; see wavenet_stages.py
+    "_wavenet_stages(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, SymInt[] plan, Tensor(b!) stages)"
+    " -> ()"
+)
 lib.define("_wavenet_clusters(Tensor device, int[] shape, SymInt[] plan) -> SymInt")  # that the device runs at once
 
 
@@ -252,6 +256,7 @@ if _has_cuda_kernels():
     lib.impl("wavenet_generate", _launch, "CUDA")
 torch.library.register_fake("audiokernels::wavenet_generate", _fake, lib=lib)
 torch.library.register_fake("audiokernels::_wavenet_clusters", lambda device, shape, plan: 0, lib=lib)
+torch.library.register_fake("audiokernels::_wavenet_stages", lambda *call: None, lib=lib)
 torch.library.register_fake("audiokernels::_wavenet_generate_cuda", _fake, lib=lib)
 describe("wavenet_generate", _explain)
 _op = torch.ops.audiokernels.wavenet_generate.default

@@ -1,8 +1,10 @@
 """Which CUDA kernel a call of wavenet_generate takes, in how many blocks: a pure function of sizes and device facts.
 
-cuda_cluster: clusters of 2 to 16 blocks keep all weights in registers and shared memory and run 8 or 16 streams each.
-It takes float16 and bfloat16 packs of 32 or 64 residual channels with as many hidden ones, width 2 or 3, up to 40
-layers (32 of width 3 and 64 channels), 64 to 256 skip and head channels and classes; compute capability 9 and 10.
+cuda_cluster: clusters of 2 to 16 blocks keep all weights in registers and shared memory and run 1 to 4 groups of 8
+streams each, as many as fit and fill the GPU once. It takes float16 and bfloat16 packs of 32, 64 or 128 residual
+channels with as many hidden ones, width 2 or 3, 64 to 256 skip and head channels and classes, compute capability 9 and
+10; up to 40 layers, of width 3 and 64 channels up to 34, of 128 channels up to 12, and up to 60 where the skip
+channels leave room.
 cuda_general: a block takes one or four streams and reads all weights from L2 for each sample; any sizes whose
 activations fit the shared memory of a block, sm_80 and later.
 """
@@ -19,8 +21,10 @@ from audiokernels.wavenet_pack import WaveNetShape
 THREADS = 512  # of a block of the general kernel
 MOST_LAYERS = 256  # dilations travel with the launch
 STREAMS = 8  # of a group: the columns of one matrix product
-LOCAL_LAYERS = 5  # of a block of a cluster
-MOST_TILES = 6  # of 16 rows of skip, head or classes, of a block of a cluster
+LOCAL_LAYERS = {32: 5, 64: 5, 128: 1}  # of a block of a cluster, by residual channels
+MOST_TILES = 4  # of 16 rows of skip, head or classes, of a block of a cluster
+HELD_TILES = 16  # of 16 inputs: skip weights that a warp keeps in registers
+MOST_GROUPS = 4  # a step of a group takes about four times as long as its stay in a block
 
 
 class Gpu(NamedTuple):
@@ -83,43 +87,48 @@ def cluster_layout(shape: WaveNetShape, batch: int, gpu: Gpu) -> tuple[tuple[int
         return (), "clusters of so much shared memory do not fit this GPU"
     if shape.dtype not in (torch.float16, torch.bfloat16):
         return (), "the pack is neither float16 nor bfloat16"
-    if shape.residual not in (32, 64) or shape.hidden != shape.residual or shape.width < 2:
-        return (), "it takes 32 or 64 residual channels, as many hidden ones, and a width of at least 2"
+    if shape.residual not in LOCAL_LAYERS or shape.hidden != shape.residual or shape.width < 2:
+        return (), "it takes 32, 64 or 128 residual channels, as many hidden ones, and a width of at least 2"
     rows = [round_up(size, LANES) for size in (shape.skip, shape.head, shape.n_class)]
-    local = LOCAL_LAYERS
+    local = LOCAL_LAYERS[shape.residual]
     while local > 1 and layer_bytes(shape, 1, local) > gpu.shared_memory:
         local -= 1
     layer_blocks = -(-len(shape.dilations) // local)
-    if max(rows) > 256 or layer_blocks > 8:
+    if max(rows) > 256 or layer_blocks > 12:
         return (), "the layers, or the rows of skip, head and classes, are too many for a cluster"
     for size, resident in zip((8, 16), gpu.clusters, strict=True):
         head_blocks = min(size - layer_blocks, 8, min(rows) // LANES)
         if resident == 0 or head_blocks < 1 or -(-max(rows) // LANES // head_blocks) > MOST_TILES:
             continue
-        for groups in (2, 1) if batch > STREAMS * resident else (1,):
-            if cluster_bytes(shape, groups, layer_blocks, head_blocks) <= gpu.shared_memory:
+        for most in range(MOST_GROUPS, 0, -1):
+            if cluster_bytes(shape, most, layer_blocks, head_blocks) <= gpu.shared_memory:
+                waves = max(1, -(-batch // (most * STREAMS * resident)))
+                groups = max(1, -(-batch // (waves * STREAMS * resident)))  # every wave with as many
                 return (groups, layer_blocks, head_blocks), ""
     return (), "a block of a cluster has too little shared memory for its weights, or too many rows"
 
 
 def cluster_bytes(shape: WaveNetShape, groups: int, layer_blocks: int, head_blocks: int) -> int:
-    """Shared memory of a block of a cluster, as csrc/wavenet_cluster_cuda.cu carves it."""
-    layers, vector = len(shape.dilations), shape.residual * 2 * STREAMS
+    """Shared memory of a block of a cluster, as csrc/wavenet_cluster.h places it."""
+    layers, vector, steps = len(shape.dilations), shape.residual * 2 * STREAMS, shape.residual // 16
     skip, head, classes = (round_up(size, LANES) for size in (shape.skip, shape.head, shape.n_class))
-    warps = -(-max(skip, head, classes) // LANES // head_blocks)
-    top = [8 * groups * layers, 8 * groups, 8 * groups, layers * warps * shape.residual // 16 * 512]
-    top += [groups * layers * vector, *(groups * round_up(rows, 32) * 2 * STREAMS for rows in (skip, head))]
+    warps, skip_warps = (-(-rows // LANES // head_blocks) for rows in (max(skip, head, classes), skip))
+    drawn = -(-STREAMS // head_blocks)  # streams
+    held = min(-(-layers // 2), HELD_TILES // steps)  # layers
+    top = [8 * groups * layers, *[8 * groups] * 4, (layers - held) * skip_warps * steps * 512]
+    top += [groups * layers * vector, groups * skip_warps * 512]
+    top += [*(groups * round_up(rows, 32) * 2 * STREAMS for rows in (skip, head))]
+    top += [groups * drawn * classes * 4, warps * 64]
     return max(layer_bytes(shape, groups, -(-layers // layer_blocks)), sum(round_up(n, 16) for n in top))
 
 
 def layer_bytes(shape: WaveNetShape, groups: int, local: int) -> int:
     """The same of a block of `local` layers."""
     residual, vector = shape.residual, shape.residual * 2 * STREAMS
-    parts = [8 * groups, 8 * groups, local * shape.width * 2 * (residual // 16) ** 2 * 512]
+    parts = [8 * groups, local * shape.width * 2 * (residual // 16) ** 2 * 512]
     parts += [groups * local * vector, local * (shape.width - 1) * vector, 2 * vector]
     parts += [groups * vector, groups * vector, 2 * groups * vector, 8 * local * residual, 4 * local * residual]
-    parts += [groups * round_up(shape.n_class, LANES) * (STREAMS + 2) * 4, STREAMS * 16 * 4]
-    parts += [groups * local * STREAMS * 4, groups * STREAMS * 4, groups * STREAMS * 8]
+    parts += [local * 8, groups * local * STREAMS * 4, groups * STREAMS * 4, groups * STREAMS * 8]
     return sum(round_up(n, 16) for n in parts)
 
 

@@ -10,8 +10,8 @@ ring-buffer peer is itself checked against the figures known of it elsewhere, in
 
 On a GPU the sides are float16 and bfloat16 (clusters, where the GPU has them), float32 and int8 (the general kernel),
 and the ring buffers of wavenet_peers.py in float16: eager, in a CUDA graph, compiled and in a CUDA graph; with and
-without condition, 20 and 40 layers. The stages of a step are found by difference: between numbers of layers, and
-between drawn and known codes. The note of a row holds the clock of the multiprocessors while it ran.
+without condition, 20 and 40 layers. The cluster kernel counts itself where the time of a step goes. The note of a row
+holds the clock of the multiprocessors while it ran.
 
 torch.compile of the ring-buffer step is no side of the CPU table: tried on torch 2.13, it took minutes to compile and
 then ran 0.9 to 1.1 times as fast as eager (with the position as an integer, it is compiled again and again).
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from audiokernels import WaveNetPack, explain, philox_uniform, wavenet_generate, wavenet_pack, wavenet_state
 from audiokernels.backends import REFERENCE
 from audiokernels.wavenet_generate import wavenet_generate_ref
+from audiokernels.wavenet_stages import wavenet_stages
 
 DILATIONS = [2**i for i in range(10)] * 2
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
@@ -256,22 +257,38 @@ class Bench:
         return made
 
     def gpu_stages(self) -> list[common.Row]:
-        """Microseconds of a step of one stream: layers, the draw, and the rest; and 40 layers over 20."""
+        """Microseconds of a step by stage, as the cluster kernel counts them; known codes; and 40 layers over 20."""
         packs = {
             n: wavenet_pack(standard_weights(n=n), (DILATIONS * 2)[:n], dtype=torch.float16).to(self.device)
-            for n in (10, 20, 40)
+            for n in (20, 40)
         }
+        rows = []
+        for batch in (1, 16) if self.quick else (1, 256):
+            rows += self.stages_of_batch(packs[20], batch)
         sides = {f"{n} layers": self.kernel(pack, 1) for n, pack in packs.items()}
         state, uniforms = wavenet_state(packs[20], 1), self.uniforms(1, self.n)
         known = torch.randint(256, (1, self.n), device=self.device)
         sides["20 layers, known codes"] = lambda: wavenet_generate(packs[20], state, uniforms, codes=known)
         times = common.interleave(sides, self.clock, rounds=self.rounds, seconds=self.seconds)
         us = {name: 1e6 * timing.median / self.n for name, timing in times.items()}
-        layer, draw = (us["20 layers"] - us["10 layers"]) / 10, us["20 layers"] - us["20 layers, known codes"]
-        parts = {**us, "a layer": layer, "the draw": draw, "the rest of 20 layers": us["20 layers"] - 20 * layer - draw}
-        rows = [common.Row("GPU, stages of a step, batch 1", name, "us", value, dtype="float16", batch=1,
-                           clock=self.clock.name) for name, value in parts.items()]  # fmt: skip
-        rows[2].ratio, rows[2].ratio_to = us["40 layers"] / us["20 layers"], "20 layers; at most 2.2"
+        whole = [common.Row("GPU, a step, batch 1", name, "us", value, dtype="float16", batch=1, clock=self.clock.name)
+                 for name, value in us.items()]  # fmt: skip
+        whole[1].ratio, whole[1].ratio_to = us["40 layers"] / us["20 layers"], "20 layers; at most 2.2"
+        return rows + whole
+
+    def stages_of_batch(self, pack: WaveNetPack, batch: int) -> list[common.Row]:
+        """The mean over the blocks of a kind; block 0 alone embeds."""
+        state, uniforms = wavenet_state(pack, batch), self.uniforms(batch, self.n)
+        wavenet_stages(pack, state, uniforms)  # warms up
+        found = wavenet_stages(pack, state, uniforms)
+        rows = []
+        for stage in [*found.blocks[0], *found.blocks[-1]] if found else []:
+            us = [block[stage] for block in found.blocks if stage in block]
+            note = f"{len(us)} blocks, {min(us):.2f} .. {max(us):.2f}; SM clock {found.gigahertz:.3f} GHz"
+            rows.append(
+                common.Row(f"GPU, stages of a step, batch {batch}", stage, "us", sum(us) / len(us), dtype="float16",
+                           batch=batch, clock="SM cycles", note=note)
+            )  # fmt: skip
         return rows
 
     def training(self) -> list[common.Row]:

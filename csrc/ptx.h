@@ -35,6 +35,16 @@ AK_PTX uint32_t clock() {
   return t;
 }
 
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is used, and not kept
+// in a register.
+AK_PTX int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+AK_PTX void prefetch(const void* p) {  // the line of global memory to L2
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
+
 // ---- arithmetic
 
 AK_PTX float tanh_approx(float x) {

@@ -115,6 +115,26 @@ std::tuple<Tensor, Tensor> _wavenet_generate_cuda(Tensor weights, std::vector<in
   return {out, logits};
 }
 
+// The same by the cluster kernel, codes and all; `stages` counts the cycles of its first cluster's blocks.
+void wavenet_stages(Tensor weights, std::vector<int64_t> shape_ints, Tensor state, Tensor uniforms,
+                    std::vector<int64_t> plan, Tensor stages) {
+  const WaveNetShape shape = wavenet_shape(shape_ints.data(), int64_t(shape_ints.size()));
+  WaveNetCall call = check_call(shape, weights, state, uniforms, std::nullopt, std::nullopt, {1.0f, 0, 1.0f});
+  const WaveNetCluster cluster = cluster_of(plan);
+  STD_TORCH_CHECK(stages.is_cuda() && stages.get_device_index() == weights.get_device_index() &&
+                      stages.scalar_type() == ScalarType::Long && stages.is_contiguous() &&
+                      stages.numel() == (cluster.layer_blocks + cluster.head_blocks) * kStages,
+                  "stages must be int64 (blocks of a cluster, ", int(kStages), ") on the device of the pack");
+  STD_TORCH_CHECK(call.batch > 0 && call.n > 0, "uniforms must not be empty");
+  const torch::stable::accelerator::DeviceGuard guard(weights.get_device_index());
+  const Tensor out = torch::stable::new_empty(uniforms, {call.batch, call.n}, ScalarType::Short);
+  call.out = out.data_ptr();
+  call.stages = static_cast<unsigned long long*>(stages.data_ptr());
+  const auto stream = static_cast<cudaStream_t>(current_cuda_stream(weights.get_device_index()));
+  const cudaError_t error = wavenet_cluster_cuda(call, cluster, stream);
+  check_cuda("wavenet_stages", error, cudaGetErrorString(error));
+}
+
 // How many such clusters the device can run at once; 0 where it cannot, for whatever reason.
 int64_t wavenet_clusters(Tensor device, std::vector<int64_t> shape_ints, std::vector<int64_t> plan) {
   const WaveNetShape shape = wavenet_shape(shape_ints.data(), int64_t(shape_ints.size()));
@@ -128,6 +148,7 @@ int64_t wavenet_clusters(Tensor device, std::vector<int64_t> shape_ints, std::ve
 STABLE_TORCH_LIBRARY_IMPL(audiokernels, CUDA, m) {
   if (torch_is_rocm()) return;
   m.impl("_wavenet_generate_cuda", TORCH_BOX(&_wavenet_generate_cuda));
+  m.impl("_wavenet_stages", TORCH_BOX(&wavenet_stages));
   m.impl("_wavenet_clusters", TORCH_BOX(&wavenet_clusters));
 }
 

@@ -12,6 +12,23 @@ namespace audiokernels {
 
 constexpr int kMostLayers = 256;  // they travel with the launch
 
+// Where the time of a block of a cluster goes; audiokernels/wavenet_stages.py names the stages.
+enum Stage {
+  kWaitInput,  // a block of layers
+  kEmbed,
+  kLayers,
+  kPrepare,
+  kSkip,  // a head block: the warps of skip and head
+  kWaitSkip,
+  kHead,
+  kWaitHead,  // and those of the output
+  kOut,
+  kWaitLogits,
+  kDraw,
+  kNanoseconds,  // no stage: the time of all of them together, of a block of layers
+  kStages
+};
+
 struct WaveNetCall {
   int dtype, residual, hidden, skip, head, n_class, width, condition, n_layer;
   int x_rows, h_rows, skip_rows, head_rows, class_rows;  // padded to 16; the gate has twice h_rows
@@ -31,6 +48,7 @@ struct WaveNetCall {
   void* out;      // (batch, n) uint8, or int16 above 256 classes
   float* logits;  // (batch, n, n_class), or null
   Sampling sampling;
+  unsigned long long* stages;  // (blocks of a cluster, kStages) clock cycles, or null
   int32_t dilations[kMostLayers];
 };
 

@@ -10,6 +10,7 @@ from wavenet_on_host import on_host
 
 from audiokernels import explain, philox_uniform, wavenet_generate, wavenet_pack, wavenet_state, wavenet_unpack
 from audiokernels.wavenet_plan import Gpu, cluster_bytes, general_bytes, gpu_facts, wavenet_generate_plan
+from audiokernels.wavenet_stages import COUNTS, HEAD_STAGES, LAYER_STAGES, stage_times
 
 host = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 SIZES = {
@@ -146,7 +147,8 @@ CLUSTERS = {  # dilations, sizes, layout
         {"residual": 64, "hidden": 64, "skip": 40, "head": 90, "n_class": 50},
         (1, 1, 2),
     ),
-    "one layer": ([2], {"n_class": 256, "head": 256, "skip": 256}, (1, 1, 3)),
+    "128 channels": ([1, 2], {"residual": 128, "hidden": 128, "width": 3}, (2, 2, 2)),
+    "one layer": ([2], {"n_class": 256, "head": 256, "skip": 256}, (1, 1, 4)),
 }
 
 
@@ -191,7 +193,7 @@ def test_cluster_kernel_one_tree_for_every_batch_chunk_layout_and_order():
     state = wavenet_state(pack, 19)
     codes = cluster(pack, state, uniforms)  # three clusters
     assert len(codes.unique()) > 20
-    for seed, layout in enumerate([(2, 1, 2), (1, 3, 4), (2, 2, 1)]):
+    for seed, layout in enumerate([(2, 1, 2), (3, 3, 4), (4, 2, 1)]):
         other = wavenet_state(pack, 19)
         assert torch.equal(cluster(pack, other, uniforms, layout, seed=seed), codes) and torch.equal(other, state)
     alone = wavenet_state(pack, 1)
@@ -233,6 +235,35 @@ def test_cluster_kernel_condition_codes_and_temperature():
 
 
 @host
+def test_cluster_kernel_counts_its_stages():
+    """On the host the clock ticks whenever it is read; the codes are those of a call without counts."""
+    pack, uniforms, layout = pack_of([1, 2, 4], dtype=torch.float16, **SMALL), philox_uniform(1, 19, 6), (2, 2, 2)
+    counts = torch.zeros(sum(layout[1:]), COUNTS, dtype=torch.int64)
+    codes = cluster(pack, wavenet_state(pack, 19), uniforms, layout, stages=counts)
+    assert torch.equal(codes, cluster(pack, wavenet_state(pack, 19), uniforms, layout))
+    layers, heads = len(LAYER_STAGES), len(HEAD_STAGES)
+    used = torch.tensor(
+        [[True] * layers + [False] * heads + [True]] * 2 + [[False] * layers + [True] * heads + [False]] * 2
+    )
+    assert torch.equal(counts > 0, used)
+    times = stage_times(counts, 6, 2)
+    assert [list(block) for block in times.blocks] == [list(LAYER_STAGES)] * 2 + [list(HEAD_STAGES)] * 2
+    per_step = counts[:2, -1].sum() / 2 / 1e3 / 6  # microseconds of a step of a layer block
+    assert sum(times.blocks[0].values()) + sum(times.blocks[1].values()) == pytest.approx(2 * float(per_step))
+
+
+def test_stage_times():
+    counts = torch.zeros(2, COUNTS, dtype=torch.int64)
+    counts[0, :4] = torch.tensor([1000, 0, 6000, 3000])
+    counts[0, -1] = 5000  # nanoseconds: 2 GHz
+    counts[1, 4:11] = 400
+    times = stage_times(counts, 10, 1)
+    assert times.gigahertz == pytest.approx(2.0)
+    assert times.blocks[0] == pytest.approx({"wait for input": 0.05, "embedding": 0, "layers": 0.3, "prepare": 0.15})
+    assert times.blocks[1] == pytest.approx(dict.fromkeys(HEAD_STAGES, 0.02))
+
+
+@host
 def test_cluster_kernel_survives_what_is_out_of_range():
     pack = pack_of([1, 2, 4], dtype=torch.float16, **SMALL)
     state = wavenet_state(pack, 3)
@@ -245,17 +276,17 @@ def test_cluster_kernel_survives_what_is_out_of_range():
 @host
 @pytest.mark.slow
 def test_cluster_kernel_of_the_standard_model():
-    """20 layers, 64 channels, 256 skip: the layout of an H100, two groups in flight; no ring but the shortest wraps."""
+    """20 layers, 64 channels, 256 skip: the layout of an H100 for 256 streams; no ring but the shortest wraps."""
     dilations = [2**i for i in range(10)] * 2
     weights = weights_of(20, residual=64, hidden=64, skip=256, head=256, n_class=256)
     pack = wavenet_pack(weights, dilations, dtype=torch.float16)
-    uniforms = philox_uniform(1, 16, 8)
-    codes, logits = cluster(pack, wavenet_state(pack, 16), uniforms, (2, 4, 4), return_logits=True, seed=2)
+    uniforms = philox_uniform(1, 20, 8)
+    codes, logits = cluster(pack, wavenet_state(pack, 20), uniforms, (3, 4, 4), return_logits=True, seed=2)
     expected = full_logits(weights, dilations, codes)
     assert rms(logits - expected) < 1e-3 * rms(expected)
     assert differing_draws(logits, expected, uniforms, codes)[1] == 0
-    again = cluster(pack, wavenet_state(pack, 16), uniforms, (1, 4, 4), seed=3)
-    assert torch.equal(again, codes)
+    again = cluster(pack, wavenet_state(pack, 4), uniforms[16:], (1, 4, 4), seed=3)
+    assert torch.equal(again, codes[16:])
 
 
 @host
@@ -263,25 +294,28 @@ def test_cluster_kernel_of_the_standard_model():
 @pytest.mark.parametrize(
     "edit",
     [
-        (
-            "      __syncthreads();\n      if (threadIdx.x == 32 * kGateWarps)",
-            "      if (threadIdx.x == 32 * kGateWarps)",
-        ),
-        ("          wait(full, t);", ""),
-        ("        wait(base + at.h_full + 8 * item, t);", ""),
+        ("      __syncthreads();\n      if (warp >= kGateWarps", "      if (warp >= kGateWarps"),
+        ("      wait(full, rank > 0 ? t : t - 1);", ""),
+        ("    load_past(g);\n    __syncthreads();", "    load_past(g);"),
         ("    wait(base + full, t);", ""),
+        ("      wait(base + at.early_full + 8 * g, t);", ""),
+        ("      wait(base + at.logits_full + 8 * g, t);", ""),
+        ("at.logits + (g * Places", "at.logits + (0 * Places"),  # groups that share a buffer
+        ("at.layer_h + item * kVector", "at.layer_h + item % c.n_layer * kVector"),
         ("at.x + (l + 1) % 2 * kVector", "at.x + l % 2 * kVector"),
     ],
 )
 def test_a_missing_wait_of_the_cluster_kernel_is_seen(edit):
-    pack, uniforms = pack_of([1, 2, 4], dtype=torch.float16, **SMALL), philox_uniform(1, 3, 6)
-    expected = cluster(pack, wavenet_state(pack, 3), uniforms)
+    pack, uniforms = pack_of([1, 2, 4], dtype=torch.float16, **SMALL), philox_uniform(1, 19, 6)
+    layout = (3, 2, 2)
+    expected = cluster(pack, wavenet_state(pack, 19), uniforms, layout)
 
     def seen(seed):
         try:
-            return not torch.equal(cluster(pack, wavenet_state(pack, 3), uniforms, seed=seed, edit=edit), expected)
+            codes = cluster(pack, wavenet_state(pack, 19), uniforms, layout, seed=seed, edit=edit)
         except LaunchError:
             return True
+        return not torch.equal(codes, expected)
 
     assert any(seen(seed) for seed in range(6))
 
@@ -476,6 +510,7 @@ ODD = [  # layers' dilations, sizes, batch, samples
     ([1, 2, 4], {"residual": 32, "hidden": 32, "skip": 64, "head": 64, "n_class": 64}, 9, 13),
     ([1, 2, 4, 8, 1, 2], {"residual": 64, "hidden": 64, "skip": 70, "head": 80, "n_class": 100}, 17, 6),
     ([1, 2], {"residual": 32, "hidden": 32, "width": 3, "skip": 128, "n_class": 256, "condition": 5}, 7, 12),
+    ([1, 2, 1], {"residual": 128, "hidden": 128, "skip": 200, "head": 150, "n_class": 256}, 11, 8),
     ([5, 3, 7, 2], {"residual": 31, "hidden": 37, "skip": 61, "head": 67, "n_class": 127}, 1, 17),
 ]
 

@@ -43,7 +43,7 @@ def test_every_gpu_has_a_plan_that_fits_it(name, batch):
     if GPUS[name].capability < (8, 0):
         assert made == WaveNetPlan(REFERENCE, "sm_75 is older than sm_80")
     elif GPUS[name].clusters[0]:
-        groups = 2 if batch == 1000 else 1
+        groups = 3 if batch == 1000 else 1  # in three waves
         assert (made.kernel, made.cluster, made.streams) == ("cuda_cluster", (groups, 4, 4), 8 * groups)
         assert made.blocks == 8 * -(-batch // made.streams) and made.to_ints() == [groups, 4, 4]
     else:
@@ -63,6 +63,11 @@ def test_what_a_cluster_takes():
         ({"skip": 64, "head": 64, "n_class": 64}, (4, 4)),
         ({"width": 3, "layers": 16}, (4, 4)),
         ({"width": 3, "layers": 32}, (8, 8)),
+        ({"width": 3, "layers": 34}, (9, 7)),
+        ({"residual": 64, "skip": 64, "head": 64, "layers": 60}, (12, 4)),
+        ({"residual": 32, "hidden": 32, "layers": 54}, (11, 5)),
+        ({"residual": 128, "hidden": 128, "layers": 4}, (4, 4)),
+        ({"residual": 128, "hidden": 128, "width": 3, "layers": 12}, (12, 4)),
         ({"condition": 80, "hop": 200}, (4, 4)),
         ({"dtype": torch.bfloat16}, (4, 4)),
     ]
@@ -72,13 +77,15 @@ def test_what_a_cluster_takes():
     refused = [
         ({"dtype": torch.float32}, "neither float16"),
         ({"dtype": torch.int8}, "neither float16"),
-        ({"residual": 128, "hidden": 128}, "32 or 64 residual"),
-        ({"residual": 64, "hidden": 32}, "32 or 64 residual"),
+        ({"residual": 48, "hidden": 48}, "32, 64 or 128 residual"),
+        ({"residual": 64, "hidden": 32}, "32, 64 or 128 residual"),
+        ({"residual": 128, "hidden": 128, "layers": 13}, "too many for a cluster"),
         ({"width": 1}, "width of at least 2"),
         ({"skip": 272}, "too many for a cluster"),
         ({"n_class": 1024}, "too many for a cluster"),
-        ({"layers": 41}, "too many for a cluster"),
-        ({"width": 3, "layers": 33}, "too many for a cluster"),
+        ({"layers": 61}, "too many for a cluster"),
+        ({"layers": 41}, "too little shared memory"),
+        ({"width": 3, "layers": 35}, "too little shared memory"),
         ({"n_class": 2}, "too many rows"),
     ]
     for sizes, why in refused:
@@ -86,9 +93,13 @@ def test_what_a_cluster_takes():
         assert made.kernel == "cuda_general" and why in made.why, (sizes, made)
 
 
-def test_two_groups_share_a_cluster_once_the_gpu_is_full():
-    assert [standard("H100", batch).cluster[0] for batch in (1, 8, 120, 121, 240)] == [1, 1, 1, 2, 2]
-    assert standard("H100", 240).blocks == 120
+def test_groups_share_a_cluster_once_the_gpu_is_full():
+    batches = (0, 1, 8, 120, 121, 240, 241, 256, 360, 361, 720, 721)
+    assert [standard("H100", batch).cluster[0] for batch in batches] == [1, 1, 1, 1, 2, 2, 3, 3, 3, 2, 3, 3]
+    assert standard("H100", 256).blocks == 8 * 11  # one wave
+    small = {"residual": 32, "hidden": 32, "skip": 64, "head": 64}
+    assert standard("H100", 1000, **small).cluster[0] == 3 and standard("H100", 480, **small).cluster[0] == 4
+    assert standard("H100", 480, layers=40).cluster == (1, 8, 8)  # more do not fit beside its skip weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_on_host import COMPILER
 from torch.nn import functional as F
 from wavenet_cases import DTYPES, differing_draws, full_logits
+from wavenet_on_host import on_host
 
 from audiokernels import philox_uniform, wavenet_generate, wavenet_state, wavenet_unpack
 from audiokernels._library import C
+from audiokernels.wavenet_plan import cluster_bytes
 
 pytest.importorskip("safetensors")
 pytest.importorskip("soundfile")
@@ -73,6 +76,21 @@ def test_draws_are_those_of_the_reference_or_on_an_edge(model, dtype):
         exact = full_logits(w, model.config.dilations, codes)  # incremental equals full, over ten receptive fields
         assert float((logits - exact).abs().max()) <= 1e-5 * scale
     assert len(codes.unique()) > 50
+
+
+@pytest.mark.skipif(C is None or COMPILER is None, reason="the reference alone would take minutes")
+def test_draws_of_the_cluster_kernel(model):
+    """Issue 5: fewer than 1 % of the draws differ: the probability that a number lies between the CDFs' edges."""
+    pack, exact, batch, n, layout = model.pack(torch.float16), model.pack(), 8, 16, (1, 2, 4)
+    state, uniforms = wavenet_state(exact, batch), philox_uniform(4, batch, n)
+    wavenet_generate(exact, state, philox_uniform(3, batch, 1100))  # more than a receptive field
+    other, plan = state.clone(), (*layout, cluster_bytes(pack.shape, *layout))
+    codes, logits = on_host("cluster", plan, pack, state, uniforms, return_logits=True)
+    _, expected = wavenet_generate(exact, other, uniforms, codes=codes, return_logits=True)
+    assert (logits - expected).square().mean() < 1e-6 * expected.square().mean()
+    cdf, of_exact = (torch.softmax(x.double(), 2).cumsum(2) for x in (logits, expected))
+    assert 0 < (cdf - of_exact).abs().sum(2).mean() < 0.01
+    assert differing_draws(logits, expected, uniforms, codes)[1] == 0
 
 
 def test_model_and_pack_agree(model, unseen):

@@ -1,5 +1,7 @@
 """wavenet_generate by its kernels for GPUs, run on the host: the arguments of wavenet_generate, and which kernel."""
 
+import re
+
 import torch
 from cuda_on_host import CSRC, build
 
@@ -28,6 +30,7 @@ CUDA_ON_HOST_EXPORT int generate(const int64_t* n, void** data, double temperatu
   c.pack = (uint8_t*)data[0], c.state = (float*)data[1], c.uniforms = (float*)data[2], c.codes = data[3];
   c.frames = (float*)data[4], c.base = (float*)data[5], c.out = data[6], c.logits = (float*)data[7];
   c.sampling = {{float(temperature), int32_t(next()), float(top_p)}};
+  c.stages = (unsigned long long*)data[8];
   const int plan[4] = {{int(next()), int(next()), int(next()), int(next())}};
   return launch(c, plan);
 }}
@@ -55,12 +58,14 @@ def on_host(kernel, plan, pack, state, uniforms, *, seed=0, edit=None, **options
     numbers += [state.stride(0), *uniforms.stride()]
     numbers += [0, 0, 0, 1] if codes is None else [*codes.stride(), codes.shape[1], codes.element_size()]
     numbers += [0, 0, 0, 0] if condition is None else [*condition.stride(), condition.shape[1]]
-    tensors = [pack.data, state, uniforms, codes, condition, base, out, logits]
+    tensors = [pack.data, state, uniforms, codes, condition, base, out, logits, options.get("stages")]
     pointers = torch.tensor([0 if t is None else t.data_ptr() for t in tensors])
     launch = f"static int launch(const audiokernels::WaveNetCall& c, const int* plan) {{ {LAUNCH[kernel]} }}"
     source = SOURCE.format(kernel=kernel, launch=launch)
     if edit is not None:
         text = (CSRC / f"wavenet_{kernel}_cuda.cu").read_text()
+        for header in re.findall(r'#include "(wavenet_cluster_\w+\.h)"', text):
+            text = text.replace(f'#include "{header}"', (CSRC / header).read_text().replace("#pragma once", ""))
         if edit[0] not in text:
             raise ValueError(f"not in the kernel: {edit[0]}")
         source = source.replace(f'#include "wavenet_{kernel}_cuda.cu"', text.replace(*edit))

@@ -632,6 +632,10 @@ To bits_on_host(From from) {
   memcpy(&to, &from, sizeof to);
   return to;
 }
+template <class T>
+T atomicAdd(T* p, T x) {
+  return std::exchange(*p, *p + x);
+}
 inline int __float_as_int(float x) { return bits_on_host<int>(x); }
 inline unsigned __float_as_uint(float x) { return bits_on_host<unsigned>(x); }
 inline float __int_as_float(int x) { return bits_on_host<float>(x); }

@@ -14,6 +14,8 @@ inline uint32_t shared_address(const void* p) { return host::address_of(p); }
 [[noreturn]] inline void trap() { host::fail("trap"); }
 inline uint64_t nanoseconds() { return host::launch_now->timer += 10; }
 inline uint32_t clock() { return uint32_t(host::launch_now->timer += 10); }
+inline int opaque(int x) { return x; }
+inline void prefetch(const void* p) { static_cast<void>(*static_cast<const volatile char*>(p)); }
 
 // ---- arithmetic
 

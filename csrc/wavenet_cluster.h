@@ -1,0 +1,175 @@
+// What the blocks of a cluster share: shared memory's places, waits, the pack's matrices, and the clock of the stages.
+// wavenet_cluster_cuda.cu says how a cluster works.
+#pragma once
+
+#include "wavenet_device.h"
+
+namespace audiokernels {
+namespace {
+
+constexpr int kThreads = 384, kWarps = kThreads / 32;
+constexpr int kStreams = 8;      // of a group: the columns of one matrix product
+constexpr int kTileBytes = 512;  // 16 x 16 weights as the lanes hold them
+constexpr int kMostTiles = 16;   // rows of skip, head and output
+
+__host__ __device__ constexpr int padded(int n, int to) { return (n + to - 1) / to * to; }
+__host__ __device__ constexpr int most_local(int residual) { return residual > 64 ? 1 : 5; }  // layers of a block
+__host__ __device__ constexpr int at_most(int n, int limit) { return n < limit ? n : limit; }
+
+// Byte offsets into shared memory, the same in every block of a kind; `bytes` is what the larger kind takes.
+// audiokernels/wavenet_plan.py knows the same sum.
+struct Places {
+  int in_full, weights, h, past, x, in_h, in_x, in_x32, z_bias, x_bias, rings, slots, codes, starts;  // of the layers
+  int h_full, early_full, skip_full, head_full, logits_full;                                          // of the head
+  int skip_weights, layer_h, partial, skip, head, logits, sums;
+  int bytes;
+
+  __host__ __device__ Places(const WaveNetCall& c, const WaveNetCluster& k) {
+    const int channel = 2 * kStreams, vector = c.residual * channel, steps = c.residual / 16, groups = k.groups;
+    const int local = (c.n_layer + k.layer_blocks - 1) / k.layer_blocks;
+    int at = 0;
+    const auto take = [&](int n) {
+      const int offset = at;
+      at += padded(n, 16);
+      return offset;
+    };
+    in_full = take(8 * groups);
+    weights = take(local * c.width * 2 * steps * steps * kTileBytes);
+    h = take(groups * local * vector), past = take(local * (c.width - 1) * vector), x = take(2 * vector);
+    in_h = take(groups * vector), in_x = take(groups * vector), in_x32 = take(groups * 2 * vector);
+    z_bias = take(local * 8 * c.residual), x_bias = take(local * 4 * c.residual), rings = take(local * 8);
+    slots = take(groups * local * kStreams * 4), codes = take(groups * kStreams * 4);
+    starts = take(groups * kStreams * 8);
+    const int layer_bytes = at;
+    at = 0;
+    const int warps = warps_of(c, k), skip_warps = share_of(c.skip_rows, k);
+    h_full = take(8 * groups * c.n_layer), early_full = take(8 * groups), skip_full = take(8 * groups);
+    head_full = take(8 * groups), logits_full = take(8 * groups);
+    skip_weights = take((c.n_layer - held_of(c)) * skip_warps * steps * kTileBytes);
+    layer_h = take(groups * c.n_layer * vector), partial = take(groups * skip_warps * 32 * 16);
+    skip = take(groups * padded(c.skip_rows, 32) * channel), head = take(groups * padded(c.head_rows, 32) * channel);
+    logits = take(groups * drawn_by(k) * c.class_rows * 4), sums = take(warps * kMostTiles * 4);
+    bytes = layer_bytes > at ? layer_bytes : at;
+  }
+  // Warps of a head block that share a matrix of so many rows, a tile of 16 each; and the most of any.
+  static __host__ __device__ int share_of(int rows, const WaveNetCluster& k) {
+    return (rows / 16 + k.head_blocks - 1) / k.head_blocks;
+  }
+  static __host__ __device__ int warps_of(const WaveNetCall& c, const WaveNetCluster& k) {
+    const int rows = c.skip_rows > c.head_rows ? c.skip_rows : c.head_rows;
+    return share_of(c.class_rows > rows ? c.class_rows : rows, k);
+  }
+  // Layers of the third set of warps, one at least: a warp that waits for none would run away. And those of them whose
+  // skip weights are in registers.
+  static __host__ __device__ int early_of(const WaveNetCall& c) { return (c.n_layer + 1) / 2; }
+  static __host__ __device__ int held_of(const WaveNetCall& c) {
+    return at_most(early_of(c), kMostTiles / (c.residual / 16));
+  }
+  // Streams of a group that a head block draws.
+  static __host__ __device__ int drawn_by(const WaveNetCluster& k) {
+    return (kStreams + k.head_blocks - 1) / k.head_blocks;
+  }
+};
+
+// sm_120 has clusters too, but not the shared memory.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+#define AK_CLUSTERS
+
+// Ends when the phase of that parity has; a wait for a block that failed ends the launch with an error.
+__device__ inline void wait(uint32_t bar, int64_t phase) {
+  if (ptx::mbarrier_try_wait(bar, uint32_t(phase & 1))) return;
+  constexpr uint64_t kPatience = 20'000'000'000ull;
+  const uint64_t start = ptx::nanoseconds();
+  while (!ptx::mbarrier_try_wait(bar, uint32_t(phase & 1)))
+    if (ptx::nanoseconds() - start > kPatience) ptx::trap();
+}
+
+// A packed matrix of 16-bit weights: bias float32 (rows), words (taps, steps, rows) of two inputs each.
+struct Matrix {
+  const float* bias;
+  const uint32_t* words;
+  int rows, steps;
+
+  __device__ Matrix(const uint8_t* p, int rows, int inputs)
+      : bias(reinterpret_cast<const float*>(p)),
+        words(reinterpret_cast<const uint32_t*>(p) + rows),
+        rows(rows),
+        steps((inputs + 1) / 2) {}
+  static __device__ int64_t bytes(int rows, int taps, int inputs) {
+    return 4 * (int64_t(rows) + int64_t(taps) * ((inputs + 1) / 2) * rows);
+  }
+  __device__ uint32_t word(int row, int pair) const {
+    return row < rows && pair < steps ? __ldg(words + int64_t(pair) * rows + row) : 0;
+  }
+  __device__ Matrix tap(int i) const {
+    Matrix m = *this;
+    m.words += int64_t(i) * steps * rows;
+    return m;
+  }
+  // The A operand of rows (low + 0 .. 7, high + 0 .. 7) and the 16 inputs of a step.
+  __device__ uint4 tile(int low, int high, int step) const {
+    const int lane = threadIdx.x % 32, row = lane / 4, pair = 8 * step + lane % 4;
+    return {word(low + row, pair), word(high + row, pair), word(low + row, pair + 4), word(high + row, pair + 4)};
+  }
+};
+
+// Where the pack has the matrices of a layer, and those of the head.
+struct Pack {
+  const WaveNetCall& c;
+  __device__ int mix_rows(int layer) const { return c.skip_rows + (layer + 1 < c.n_layer ? c.x_rows : 0); }
+  __device__ int64_t conv_bytes() const { return Matrix::bytes(2 * c.h_rows, c.width, c.residual); }
+  __device__ const uint8_t* layer(int l) const {
+    return c.pack + c.table_bytes + l * (conv_bytes() + Matrix::bytes(c.skip_rows + c.x_rows, 1, c.hidden));
+  }
+  __device__ Matrix conv(int l) const { return {layer(l), 2 * c.h_rows, c.residual}; }
+  __device__ Matrix mix(int l) const { return {layer(l) + conv_bytes(), mix_rows(l), c.hidden}; }
+  __device__ int skip_row(int l) const { return l + 1 < c.n_layer ? c.x_rows : 0; }  // the first of skip in mix
+  __device__ Matrix head() const {
+    const int last = c.n_layer - 1;
+    return {layer(last) + conv_bytes() + Matrix::bytes(mix_rows(last), 1, c.hidden), c.head_rows, c.skip};
+  }
+  __device__ Matrix out() const {
+    return {reinterpret_cast<const uint8_t*>(head().bias) + Matrix::bytes(c.head_rows, 1, c.skip), c.class_rows,
+            c.head};
+  }
+};
+
+// sums += tiles (`stride` apart) times the vectors of 8 streams at `address`.
+template <int Steps, class Type>
+__device__ __forceinline__ void add_product(float (&sums)[4], const uint4* tiles, int stride, uint32_t address,
+                                            Type type) {
+  static_assert(Steps % 2 == 0);
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 0; step < Steps; step += 2) {
+    const uint4 b = ptx::load_matrix_x4_trans(address + (16 * step + lane) * 2 * kStreams);
+    ptx::mma(sums, tiles[stride * step], uint2{b.x, b.y}, type);
+    ptx::mma(sums, tiles[stride * (step + 1)], uint2{b.z, b.w}, type);
+  }
+}
+
+// Adds up the cycles that one thread of the first cluster's blocks spends in each stage; off unless asked for.
+class StageClock {
+ public:
+  __device__ StageClock(const WaveNetCall& c, uint32_t rank, bool measures)
+      : sums_(c.stages && blockIdx.x == rank && measures ? c.stages + rank * kStages : nullptr), last_(0) {}
+  __device__ void start() { last_ = ptx::clock(); }
+  __device__ void lap(Stage stage) {  // what has passed since the last lap
+    if (!sums_) return;
+    const uint32_t now = ptx::clock();
+    add(stage, now - last_);
+    last_ = now;
+  }
+  __device__ void add(Stage stage, uint64_t number) const {
+    if (sums_) atomicAdd(sums_ + stage, static_cast<unsigned long long>(number));
+  }
+
+ private:
+  unsigned long long* sums_;
+  uint32_t last_;
+};
+
+#endif
+
+}  // namespace
+}  // namespace audiokernels
