@@ -17,11 +17,13 @@ from audiomodels.unit_decoder import (
     ConditionedCrops,
     MelCrops,
     MelWaveNet,
+    NoisyPast,
     UnitToMel,
     UnitToMelConfig,
     UnitWaveNet,
     mel_error,
     mel_frames,
+    one_hot,
     unit_mel_recordings,
     unit_recordings,
 )
@@ -92,6 +94,18 @@ def test_one_command_from_sound_to_its_sequel(folder, capsys):
     assert len(a) == whole + RATE // 2 and torch.equal(a, b)
     assert (a[:whole] - MELODY[:whole]).abs().max() < 1e-3 and torch.equal(a[:whole], d[:whole])
     assert not torch.equal(a, c) and not torch.equal(a, d) and a[whole:].std() > 1e-3
+
+
+def test_half_width_models_still_belong_together(folder, tmp_path):
+    """bf16 rounds the codebook, whose name is its hash: what is saved names the rounded one."""
+    models = textless.load(folder / "models")
+    textless.save(models, tmp_path, dtype=torch.bfloat16)
+    again = textless.load(tmp_path)
+    assert again.lm.config.codebook != models.lm.config.codebook
+    assert torch.equal(again.coder.codebook, models.coder.codebook.bfloat16().float())
+    sizes = [sum(f.stat().st_size for f in path.rglob("*.safetensors")) for path in (folder / "models", tmp_path)]
+    assert sizes[1] < 0.7 * sizes[0]
+    assert len(textless.continue_sound(again, MELODY[:4096], 0.1)) == 4096 + 800
 
 
 def test_the_parts_of_the_command(folder):
@@ -179,6 +193,27 @@ def test_collapsed_streams(coder):
 
 
 # ---- decoders
+
+
+def test_a_code_moves_a_fresh_wavenet():
+    """Of 512 codes too: what a code adds to a layer is about as large as what a condition of mean square 1 adds."""
+    conditions = one_hot(torch.arange(512)[None], 512)
+    assert conditions.square().mean() == pytest.approx(1)
+    wavenet = WaveNet(dataclasses.replace(WAVE, condition_channels=512))
+    codes, noise = wavenet.condition(conditions).std(), wavenet.condition(torch.randn(1, 512, 512)).std()
+    assert 0.7 < codes / noise < 1.4
+
+
+def test_the_past_is_noisy_and_the_targets_are_not(coder):
+    data = unit_recordings(recordings([MELODY]), coder, WaveNet(WAVE), context=256)
+    drawn = ConditionedCrops(data, 128, batch=8, length=512, context=256)(0)
+    config = settings("x", batch=8, length=512, context=256)
+    torch.manual_seed(0)
+    inputs, targets, extra = NoisyPast(256, 6.0).batch(drawn, config)
+    assert torch.equal(targets, drawn[0][:, -512:]) and torch.equal(extra["condition"], drawn[1]["condition"])
+    spread = (inputs.float() - drawn[0][:, :-1].float()).std(1)
+    assert inputs.dtype == drawn[0].dtype and spread.max() < 6.5 and spread.max() - spread.min() > 1
+    assert torch.equal(NoisyPast(256, 0.0).batch(drawn, config)[0], drawn[0][:, :-1])
 
 
 def test_wavenet_on_codes(coder):

@@ -33,6 +33,7 @@ from audiomodels.unit_decoder import (
     ConditionedCrops,
     MelCrops,
     MelWaveNet,
+    NoisyPast,
     UnitToMel,
     UnitToMelConfig,
     UnitWaveNet,
@@ -134,7 +135,8 @@ def _decoder(recordings: Recordings, coder: Coder, training: UnitTraining) -> De
         data = unit_recordings(recordings, coder, wavenet, context=context)
     steps = training.steps if training.decoder_steps is None else training.decoder_steps
     run = training.run("decoder", steps=steps, lr=2e-3, length=length, context=context)
-    fit(wavenet, ConditionedCrops(data, coder.hop, batch=run.batch, length=length, context=context, seed=run.seed), run)
+    crops = ConditionedCrops(data, coder.hop, batch=run.batch, length=length, context=context, seed=run.seed)
+    fit(wavenet, crops, run, task=NoisyPast(data.n_class))
     wavenet.cpu().eval().save_pretrained(training.out / "decoder")
     if training.decoder != "mel":
         return UnitWaveNet(wavenet)
@@ -164,6 +166,23 @@ def _coder(recordings: Recordings, training: UnitTraining) -> Coder:
         patch_codes.learn(coder, recordings, training.run("coder", length=length, lr=2e-3))
     coder.cpu().eval().save_pretrained(training.out / "coder")
     return coder
+
+
+def save(models: Textless, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write models that decode by a WaveNet on the codes, or by the coder itself, so that `load` reads them again.
+
+    dtype: torch.bfloat16 halves the files. The rounded codebook is another one, and the parts name that.
+    """
+    folder = Path(folder)
+    models.coder.save_pretrained(folder / "coder", dtype=dtype)
+    rounded = models.coder.codebook if dtype is None else models.coder.codebook.to(dtype).to(models.coder.codebook)
+    for part in ("lm", "durations"):
+        model = getattr(models, part)
+        again = type(model)(dataclasses.replace(model.config, codebook=cb.name_of(rounded)))
+        again.load_state_dict(model.state_dict())
+        again.save_pretrained(folder / part, dtype=dtype)
+    if models.decoder is not models.coder:
+        models.decoder.wavenet.save_pretrained(folder / "decoder", dtype=dtype)
 
 
 def load(folder: str | Path) -> Textless:

@@ -5,7 +5,8 @@
     MelWaveNet    UnitToMel, then a WaveNet whose condition is the mel frame
 
 UnitToMel is Tacotron's decoder (Wang et al. 2017, arXiv 1703.10135) without attention: a code already says which frame
-it is of. Both WaveNets train with train.fit on `ConditionedCrops`, UnitToMel on `MelCrops` with Objective(mel_error).
+it is of. Both WaveNets train with train.fit on `ConditionedCrops` with `NoisyPast`, UnitToMel on `MelCrops` with
+Objective(mel_error).
 """
 
 import operator
@@ -23,6 +24,7 @@ from audiomodels.codebook import check_codes
 from audiomodels.data import Recordings
 from audiomodels.encoders import Coder
 from audiomodels.pretrained import Pretrained
+from audiomodels.train import NextCode, TrainConfig
 from audiomodels.wavenet import WaveNet
 
 
@@ -231,6 +233,24 @@ class ConditionedCrops:
             codes.append(wave[first * self.hop :][: self.frames * self.hop + 1])
             condition.append(recording.condition[first : first + self.frames])
         return torch.stack(codes), {"condition": torch.stack(condition)}
+
+
+class NoisyPast(NextCode):
+    """The task NextCode for a conditioned WaveNet: what it sees of the past carries noise, its targets do not.
+
+    Told the true past, a WaveNet reads the pitch off it and hardly needs the codes; on its own past, which errs, it
+    then drifts. noise: largest standard deviation, in codes; each row draws its own up to it, from torch's generator.
+    """
+
+    def __init__(self, n_class: int = 256, noise: float = 4.0):
+        self.n_class, self.noise = n_class, noise
+
+    def batch(self, drawn: tuple[Tensor, dict], config: TrainConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As NextCode's, the inputs with noise."""
+        inputs, targets, extra = super().batch(drawn, config)
+        scale = self.noise * torch.rand(len(inputs), 1)
+        noisy = (inputs + scale * torch.randn(inputs.shape)).round().clamp(0, self.n_class - 1)
+        return noisy.to(inputs.dtype), targets, extra
 
 
 class MelCrops(ConditionedCrops):
