@@ -29,7 +29,7 @@ from audiomodels.unit_decoder import (
 )
 from audiomodels.units import Durations, DurationsConfig, Units, UnitsConfig, collapsed
 from audiomodels.wavenet import WaveNet, WaveNetConfig
-from sounds import RATE, note, recordings
+from sounds import RATE, cents_off, note, recordings
 
 PATCHES = PatchCodesConfig(n_code=12, n_fft=256, hop=128, patch_frames=1, hidden=48, n_embd=8, sample_rate=RATE)
 WAVE = WaveNetConfig(
@@ -202,6 +202,37 @@ def test_a_code_moves_a_fresh_wavenet():
     wavenet = WaveNet(dataclasses.replace(WAVE, condition_channels=512))
     codes, noise = wavenet.condition(conditions).std(), wavenet.condition(torch.randn(1, 512, 512)).std()
     assert 0.7 < codes / noise < 1.4
+
+
+class Notes:
+    """A Coder that knows the notes: code 1 + i while note i of `midis` sounds, 0 in silence; 64 codes."""
+
+    sample_rate, hop, codebook, midis = RATE, 256, torch.zeros(64, 1), (60, 63, 67, 70)
+
+    def encode(self, audio):
+        frames = torch.nn.functional.pad(audio, (0, -audio.shape[1] % self.hop))[0].split(self.hop)
+        return torch.tensor([[self.code(frame) for frame in frames]])
+
+    def code(self, frame):
+        off = [cents_off(frame, midi, skip=0, seconds=1) for midi in self.midis]
+        return 0 if frame.abs().max() < 1e-4 else 1 + off.index(min(off))
+
+
+def test_a_wavenet_sings_the_note_of_its_code(tmp_path):
+    """Codes -> WaveNet, small: four notes, each from its code alone. With a 1 for the code two come out wrong."""
+    coder, size = Notes(), {"residual_channels": 16, "skip_channels": 32, "head_channels": 32}
+    orders = [torch.randperm(4, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    data = recordings([torch.cat([note(coder.midis[i], 0.25) for i in order]) for order in orders])
+    torch.manual_seed(0)
+    wavenet = WaveNet(
+        dataclasses.replace(WAVE, n_layer=7, dilation_cycle=7, condition_channels=64, condition_hop=256, **size)
+    )
+    crops = ConditionedCrops(unit_recordings(data, coder, wavenet, context=256), 256, batch=4, length=256, context=256)
+    run = settings(tmp_path, steps=300, length=256, context=256, lr=8e-3, warmup=10)
+    fit(wavenet, crops, run, task=NoisyPast())
+    made = UnitWaveNet(wavenet).decode(torch.arange(1, 5)[:, None].expand(4, 8))
+    off = [cents_off(sound, midi, seconds=0.2) for sound, midi in zip(made, coder.midis, strict=True)]
+    assert max(off) < 50, off
 
 
 def test_the_past_is_noisy_and_the_targets_are_not(coder):
