@@ -7,7 +7,8 @@ import torch
 from audiomodels import attention_lags as lags_module
 from audiomodels.attention_lags import attention_lags, picture, table
 from audiomodels.audio import write_audio
-from audiomodels.sample_transformer import SampleTransformer, SampleTransformerConfig, rotate
+from audiomodels.sample_transformer import SampleTransformer, SampleTransformerConfig
+from audiomodels.transformer_block import rotate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VARIANTS = {

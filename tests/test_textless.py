@@ -17,17 +17,19 @@ from audiomodels.unit_decoder import (
     ConditionedCrops,
     MelCrops,
     MelWaveNet,
+    NoisyPast,
     UnitToMel,
     UnitToMelConfig,
     UnitWaveNet,
     mel_error,
     mel_frames,
+    one_hot,
     unit_mel_recordings,
     unit_recordings,
 )
 from audiomodels.units import Durations, DurationsConfig, Units, UnitsConfig, collapsed
 from audiomodels.wavenet import WaveNet, WaveNetConfig
-from sounds import RATE, note, recordings
+from sounds import RATE, cents_off, note, recordings
 
 PATCHES = PatchCodesConfig(n_code=12, n_fft=256, hop=128, patch_frames=1, hidden=48, n_embd=8, sample_rate=RATE)
 WAVE = WaveNetConfig(
@@ -93,6 +95,18 @@ def test_one_command_from_sound_to_its_sequel(folder, capsys):
     assert len(a) == whole + RATE // 2 and torch.equal(a, b)
     assert (a[:whole] - MELODY[:whole]).abs().max() < 1e-3 and torch.equal(a[:whole], d[:whole])
     assert not torch.equal(a, c) and not torch.equal(a, d) and a[whole:].std() > 1e-3
+
+
+def test_half_width_models_still_belong_together(folder, tmp_path):
+    """bf16 rounds the codebook, whose name is its hash: what is saved names the rounded one."""
+    models = textless.load(folder / "models")
+    textless.save(models, tmp_path, dtype=torch.bfloat16)
+    again = textless.load(tmp_path)
+    assert again.lm.config.codebook != models.lm.config.codebook
+    assert torch.equal(again.coder.codebook, models.coder.codebook.bfloat16().float())
+    sizes = [sum(f.stat().st_size for f in path.rglob("*.safetensors")) for path in (folder / "models", tmp_path)]
+    assert sizes[1] < 0.7 * sizes[0]
+    assert len(textless.continue_sound(again, MELODY[:4096], 0.1)) == 4096 + 800
 
 
 def test_the_parts_of_the_command(folder):
@@ -180,6 +194,58 @@ def test_collapsed_streams(coder):
 
 
 # ---- decoders
+
+
+def test_a_code_moves_a_fresh_wavenet():
+    """Of 512 codes too: what a code adds to a layer is about as large as what a condition of mean square 1 adds."""
+    conditions = one_hot(torch.arange(512)[None], 512)
+    assert conditions.square().mean() == pytest.approx(1)
+    wavenet = WaveNet(dataclasses.replace(WAVE, condition_channels=512))
+    codes, noise = wavenet.condition(conditions).std(), wavenet.condition(torch.randn(1, 512, 512)).std()
+    assert 0.7 < codes / noise < 1.4
+
+
+class Notes:
+    """A Coder that knows the notes: code 1 + i while note i of `midis` sounds, 0 in silence; 64 codes."""
+
+    sample_rate, hop, codebook, midis = RATE, 256, torch.zeros(64, 1), (60, 63, 67, 70)
+
+    def encode(self, audio):
+        frames = torch.nn.functional.pad(audio, (0, -audio.shape[1] % self.hop))[0].split(self.hop)
+        return torch.tensor([[self.code(frame) for frame in frames]])
+
+    def code(self, frame):
+        off = [cents_off(frame, midi, skip=0, seconds=1) for midi in self.midis]
+        return 0 if frame.abs().max() < 1e-4 else 1 + off.index(min(off))
+
+
+def test_a_wavenet_sings_the_note_of_its_code(tmp_path):
+    """Codes -> WaveNet, small: four notes, each from its code alone. With a 1 for the code two come out wrong."""
+    coder, size = Notes(), {"residual_channels": 16, "skip_channels": 32, "head_channels": 32}
+    orders = [torch.randperm(4, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    data = recordings([torch.cat([note(coder.midis[i], 0.25) for i in order]) for order in orders])
+    torch.manual_seed(0)
+    wavenet = WaveNet(
+        dataclasses.replace(WAVE, n_layer=7, dilation_cycle=7, condition_channels=64, condition_hop=256, **size)
+    )
+    crops = ConditionedCrops(unit_recordings(data, coder, wavenet, context=256), 256, batch=4, length=256, context=256)
+    run = settings(tmp_path, steps=300, length=256, context=256, lr=8e-3, warmup=10)
+    fit(wavenet, crops, run, task=NoisyPast())
+    made = UnitWaveNet(wavenet).decode(torch.arange(1, 5)[:, None].expand(4, 8))
+    off = [cents_off(sound, midi, seconds=0.2) for sound, midi in zip(made, coder.midis, strict=True)]
+    assert max(off) < 50, off
+
+
+def test_the_past_is_noisy_and_the_targets_are_not(coder):
+    data = unit_recordings(recordings([MELODY]), coder, WaveNet(WAVE), context=256)
+    drawn = ConditionedCrops(data, 128, batch=8, length=512, context=256)(0)
+    config = settings("x", batch=8, length=512, context=256)
+    torch.manual_seed(0)
+    inputs, targets, extra = NoisyPast(256, 6.0).batch(drawn, config)
+    assert torch.equal(targets, drawn[0][:, -512:]) and torch.equal(extra["condition"], drawn[1]["condition"])
+    spread = (inputs.float() - drawn[0][:, :-1].float()).std(1)
+    assert inputs.dtype == drawn[0].dtype and spread.max() < 6.5 and spread.max() - spread.min() > 1
+    assert torch.equal(NoisyPast(256, 0.0).batch(drawn, config)[0], drawn[0][:, :-1])
 
 
 def test_wavenet_on_codes(coder):

@@ -13,7 +13,7 @@ from audiomodels.train import Objective, TrainConfig, fit
 from audiomodels.vq_vae import VQVAE, Level, VQVAEConfig, sample, snr, spectral_distance, train_prior, vq_loss
 from sounds import RATE, note, notes
 
-CONFIG = VQVAEConfig(n_code=32, width=12, depth=1, n_embd=16, decay=0.9, sample_rate=RATE)
+CONFIG = VQVAEConfig(n_code=32, width=12, depth=1, n_embd=16, sample_rate=RATE)
 LM = CodeLMConfig(n_layer=1, n_head=2, n_embd=16, window=16)
 
 
@@ -62,6 +62,7 @@ def test_finer_levels_keep_more(model, sounds):
 
 
 def test_codes_are_in_use(model, sounds):
+    """At the default decay; at 0.99 the means of codes follow too slowly, and few are ever nearest."""
     shares = [cb.usage(codes, CONFIG.n_code) for codes in model.encode(sounds)]
     assert min(shares) > 0.5, shares
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from audiomodels import plots
 from audiomodels._optional import require
-from audiomodels.sample_transformer import Block, SampleTransformer, rotate
+from audiomodels.sample_transformer import SampleTransformer
+from audiomodels.transformer_block import Block, rotate
 
 QUERIES = 256  # of a block
 TAPS = [2**i for i in range(10)]  # lags that a WaveNet's layers read, beside lag 0

@@ -28,6 +28,7 @@ from audiomodels.data import Recordings
 from audiomodels.pretrained import Pretrained
 from audiomodels.quantize import code_dtype, decode
 from audiomodels.train import evaluate
+from audiomodels.transformer_block import Block, angles
 
 BLOCK = 64  # codes of a prompt that go through the model at once, and that `stream` yields at once
 
@@ -85,39 +86,6 @@ class CodeLMConfig:
         return tuple(level if level >= 0 else max(levels) for level in levels)
 
 
-class Block(nn.Module):
-    """Attention and MLP, each with a norm before it and added to the stream."""
-
-    def __init__(self, config: CodeLMConfig):
-        super().__init__()
-        self.n_head, self.window = config.n_head, config.window
-        self.norm1, self.norm2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.proj = nn.Linear(config.n_embd, config.n_embd)
-        self.mlp = nn.Sequential(
-            nn.Linear(config.n_embd, 4 * config.n_embd), nn.GELU(), nn.Linear(4 * config.n_embd, config.n_embd)
-        )
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
-        """x (batch, time, E) -> the same. cache: keys, values and positions before x, for the step."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, *turn), rotate(k, *turn)
-        if cache is None:
-            y = audiokernels.causal_attention(q, k, v, window=self.window)
-        else:
-            audiokernels.kv_cache_update(cache[0], cache[1], k, v.contiguous(), cache[2])
-            y = audiokernels.causal_attention_decode(q, *cache, window=self.window)
-        x = x + self.dropout(self.proj(y.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: channel i of x (..., time, D) turns with channel i + D / 2; cos and sin are (time, D / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
-
-
 class State:
     """What generation remembers: keys and values (layer, batch, head, capacity, D), the poolings' sums, and how many
     codes have been seen. All are tensors: copy them to fork a stream."""
@@ -145,17 +113,16 @@ class CodeLM(nn.Module, Pretrained):
         self.embedding = nn.Embedding(config.n_class, config.n_embd)
         self.condition = nn.Embedding(config.condition_class, config.n_embd) if config.condition_class else None
         self.around = nn.Conv1d(config.n_embd, config.n_embd, 3, padding=1) if config.condition_class else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        sizes = (config.n_embd, config.n_head, config.window, config.n_layer)
+        self.blocks = nn.ModuleList(
+            Block(*sizes, activation=F.gelu, dropout=config.dropout) for _ in range(config.n_layer)
+        )
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, config.n_class)
         self.dropout = nn.Dropout(config.dropout)
-        with torch.no_grad():  # as GPT-2: the sum over layers starts with the size of one
-            nn.init.normal_(self.embedding.weight, std=0.02)
-            nn.init.normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-            for block in self.blocks:
-                for layer in (block.proj, block.mlp[2]):
-                    layer.weight.mul_((2 * config.n_layer) ** -0.5)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
 
     @property
     def code_rate(self) -> float:
@@ -204,22 +171,16 @@ class CodeLM(nn.Module, Pretrained):
         config = self.config
         x = self.embedding(codes) if condition is None else self.embedding(codes) + condition
         x, first = self.dropout(x), 0 if state is None else int(state.seen[0])
-        turn = self._angles(first, codes.shape[1])
+        positions = torch.arange(first, first + codes.shape[1], device=codes.device)
+        turn = angles(positions, config.n_embd // config.n_head)
         for layer, block in enumerate(self.blocks):
-            x = block(x, turn, None if state is None else (state.keys[layer], state.values[layer], state.seen))
+            cache = None if state is None else [state.keys[layer], state.values[layer], state.seen]
+            x = block(x, x.shape[1], turn, cache)
             if config.haar and layer + 1 < config.n_layer:
                 x = self._pool(x, None if state is None else (state.pools[layer], state.seen))
         if state is not None:
             state.seen += codes.shape[1]
         return self.norm(x)
-
-    def _angles(self, first: int, time: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (time, D / 2) of positions first .. first + time - 1, computed in float64."""
-        half = self.config.n_embd // self.config.n_head // 2
-        device = self.head.weight.device
-        rate = 10000.0 ** -(torch.arange(half, device=device, dtype=torch.float64) / half)
-        angle = torch.arange(first, first + time, device=device, dtype=torch.float64)[:, None] * rate
-        return angle.cos().float(), angle.sin().float()
 
     def _pool(self, x: Tensor, state: tuple[Tensor, Tensor] | None) -> Tensor:
         options = {"levels": self.config.haar_levels, "norm": "count"}

@@ -27,12 +27,13 @@ from audiomodels.code_lm import CodeLM, CodeLMConfig, code_recordings
 from audiomodels.data import Crops, Recordings
 from audiomodels.encoders import Coder, Decoder, HuggingFaceEncoder
 from audiomodels.patch_codes import PatchCodes, PatchCodesConfig
-from audiomodels.pretrained import CONFIG, ModelError
+from audiomodels.pretrained import CONFIG, ModelError, model_folder
 from audiomodels.train import Objective, TrainConfig, fit
 from audiomodels.unit_decoder import (
     ConditionedCrops,
     MelCrops,
     MelWaveNet,
+    NoisyPast,
     UnitToMel,
     UnitToMelConfig,
     UnitWaveNet,
@@ -73,6 +74,8 @@ class UnitTraining:
     """wavenet: on the codes; mel: codes -> mel frames -> WaveNet; griffin-lim: the autoencoder's own, soonest made."""
     steps: int = 3000
     """Of each model."""
+    decoder_steps: int | None = None
+    """Of the decoder's WaveNet, which is most of the work; default: as the others."""
     batch: int = 8
     device: str = "auto"
     seed: int = 0
@@ -130,8 +133,10 @@ def _decoder(recordings: Recordings, coder: Coder, training: UnitTraining) -> De
         data = mel_recordings(recordings, mel, wavenet, context=context)
     else:
         data = unit_recordings(recordings, coder, wavenet, context=context)
-    run = training.run("decoder", length=length, context=context)
-    fit(wavenet, ConditionedCrops(data, coder.hop, batch=run.batch, length=length, context=context, seed=run.seed), run)
+    steps = training.steps if training.decoder_steps is None else training.decoder_steps
+    run = training.run("decoder", steps=steps, lr=2e-3, length=length, context=context)
+    crops = ConditionedCrops(data, coder.hop, batch=run.batch, length=length, context=context, seed=run.seed)
+    fit(wavenet, crops, run, task=NoisyPast(data.n_class))
     wavenet.cpu().eval().save_pretrained(training.out / "decoder")
     if training.decoder != "mel":
         return UnitWaveNet(wavenet)
@@ -163,13 +168,33 @@ def _coder(recordings: Recordings, training: UnitTraining) -> Coder:
     return coder
 
 
-def load(folder: str | Path) -> Textless:
-    """The models in a folder that train_units wrote. Errors: ModelError that says what is missing or does not fit."""
+def save(models: Textless, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write models that decode by a WaveNet on the codes, or by the coder itself, so that `load` reads them again.
+
+    dtype: torch.bfloat16 halves the files. The rounded codebook is another one, and the parts name that.
+    """
     folder = Path(folder)
+    models.coder.save_pretrained(folder / "coder", dtype=dtype)
+    rounded = models.coder.codebook if dtype is None else models.coder.codebook.to(dtype).to(models.coder.codebook)
+    for part in ("lm", "durations"):
+        model = getattr(models, part)
+        again = type(model)(dataclasses.replace(model.config, codebook=cb.name_of(rounded)))
+        again.load_state_dict(model.state_dict())
+        again.save_pretrained(folder / part, dtype=dtype)
+    if models.decoder is not models.coder:
+        models.decoder.wavenet.save_pretrained(folder / "decoder", dtype=dtype)
+
+
+def load(folder: str | Path) -> Textless:
+    """The models in a folder that train_units wrote, or shipped ones by name ("piano-units").
+
+    Errors: ModelError that says what is missing or does not fit.
+    """
+    folder = model_folder(folder)
     missing = [part for part in PARTS if not (folder / part / CONFIG).is_file()]
     if missing:
         raise ModelError(
-            f"{folder}: no models to continue sound with ({', '.join(missing)} missing); none come with this package. "
+            f"{folder}: no models to continue sound with ({', '.join(missing)} missing). "
             f"Train them on your recordings: audiokernels train-units DATA --out {folder}"
         )
     kind = json.loads((folder / "coder" / CONFIG).read_text(encoding="utf-8"))

@@ -1,11 +1,12 @@
 """From codes back to sound, learned: a WaveNet that is conditioned on the codes, or codes -> mel -> WaveNet.
 
-    UnitWaveNet   each frame's code, one-hot, is the condition of a WaveNet (audiokernels.wavenet_generate)
+    UnitWaveNet   each frame's code, one_hot, is the condition of a WaveNet (audiokernels.wavenet_generate)
     UnitToMel     codes -> log-mel frames: convolutions over the codes, then a GRU that also reads the frame before
     MelWaveNet    UnitToMel, then a WaveNet whose condition is the mel frame
 
 UnitToMel is Tacotron's decoder (Wang et al. 2017, arXiv 1703.10135) without attention: a code already says which frame
-it is of. Both WaveNets train with train.fit on `ConditionedCrops`, UnitToMel on `MelCrops` with Objective(mel_error).
+it is of. Both WaveNets train with train.fit on `ConditionedCrops` with `NoisyPast`, UnitToMel on `MelCrops` with
+Objective(mel_error).
 """
 
 import operator
@@ -23,11 +24,21 @@ from audiomodels.codebook import check_codes
 from audiomodels.data import Recordings
 from audiomodels.encoders import Coder
 from audiomodels.pretrained import Pretrained
+from audiomodels.train import NextCode, TrainConfig
 from audiomodels.wavenet import WaveNet
 
 
+def one_hot(codes: Tensor, n_code: int) -> Tensor:
+    """Codes (...) as conditions of a WaveNet: float (..., n_code), sqrt(n_code) at the code, 0 elsewhere.
+
+    A layer is initialised for inputs of mean square 1: with a 1 at the code, that of 512 codes moves by 0.03, and a
+    WaveNet learns to do without it (docs/codes.md, "Codes back to sound").
+    """
+    return n_code**0.5 * F.one_hot(check_codes(codes, n_code, codes.ndim), n_code).float()
+
+
 class UnitWaveNet:
-    """A Decoder: wavenet's condition is the one-hot code of each frame, condition_hop the samples of a frame."""
+    """A Decoder: wavenet's condition is the one_hot code of each frame, condition_hop the samples of a frame."""
 
     def __init__(self, wavenet: WaveNet):
         config = wavenet.config
@@ -42,8 +53,7 @@ class UnitWaveNet:
         prompt: audio (batch, m) that the sound begins with and that is not given back. options: of WaveNet.generate
         (temperature, seed, dtype, progress).
         """
-        one_hot = F.one_hot(check_codes(codes, self.n_code), self.n_code).float()
-        return _generate(self.wavenet, one_hot, prompt, options)
+        return _generate(self.wavenet, one_hot(check_codes(codes, self.n_code), self.n_code), prompt, options)
 
 
 class MelWaveNet:
@@ -152,7 +162,7 @@ def unit_frames(coder: Coder, audio: Tensor) -> Tensor:
 
 
 def unit_recordings(recordings: Recordings, coder: Coder, wavenet: WaveNet, *, context: int) -> Recordings:
-    """`recordings` in the codes of a UnitWaveNet's wavenet, with their units, one-hot, as condition.
+    """`recordings` in the codes of a UnitWaveNet's wavenet, with their units, one_hot, as condition.
 
     Silence is put before each, `context` samples rounded up to whole frames, and after it up to a whole frame.
     """
@@ -161,7 +171,7 @@ def unit_recordings(recordings: Recordings, coder: Coder, wavenet: WaveNet, *, c
         got = (wavenet.config.condition_hop, wavenet.config.condition_channels)
         raise ValueError(f"wavenet must have condition_hop and condition_channels {(coder.hop, n_code)}, got {got}")
     frames = partial(unit_frames, coder)
-    return _conditioned(recordings, wavenet, lambda audio: F.one_hot(frames(audio), n_code).float(), context)
+    return _conditioned(recordings, wavenet, lambda audio: one_hot(frames(audio), n_code), context)
 
 
 def mel_recordings(recordings: Recordings, config: UnitToMelConfig, wavenet: WaveNet, *, context: int) -> Recordings:
@@ -223,6 +233,24 @@ class ConditionedCrops:
             codes.append(wave[first * self.hop :][: self.frames * self.hop + 1])
             condition.append(recording.condition[first : first + self.frames])
         return torch.stack(codes), {"condition": torch.stack(condition)}
+
+
+class NoisyPast(NextCode):
+    """The task NextCode for a conditioned WaveNet: what it sees of the past carries noise, its targets do not.
+
+    Told the true past, a WaveNet reads the pitch off it and hardly needs the codes; on its own past, which errs, it
+    then drifts. noise: largest standard deviation, in codes; each row draws its own up to it, from torch's generator.
+    """
+
+    def __init__(self, n_class: int = 256, noise: float = 4.0):
+        self.n_class, self.noise = n_class, noise
+
+    def batch(self, drawn: tuple[Tensor, dict], config: TrainConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As NextCode's, the inputs with noise."""
+        inputs, targets, extra = super().batch(drawn, config)
+        scale = self.noise * torch.rand(len(inputs), 1)
+        noisy = (inputs + scale * torch.randn(inputs.shape)).round().clamp(0, self.n_class - 1)
+        return noisy.to(inputs.dtype), targets, extra
 
 
 class MelCrops(ConditionedCrops):

@@ -1,4 +1,4 @@
-"""Commands of `audiokernels` that continue sound without text: train-units, continue. cli.py runs them."""
+"""Commands of `audiokernels` around codes: train-units, continue, compare-representations. cli.py runs them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated
 from audiomodels import textless
 from audiomodels._optional import require
 from audiomodels.audio import read_mono, write_audio
+from audiomodels.compare.representations import CompareRepresentationsConfig, RepresentationComparison
 from audiomodels.data import Recordings
 
 tyro = require("tyro")
@@ -40,10 +41,10 @@ class TrainUnits:
 
 @dataclass
 class Continue:
-    """Continue a recording, speech or music, with the models that `train-units` wrote: the sound, and what follows."""
+    """Continue a recording: the sound, and what follows, by the shipped models of piano or those of `train-units`."""
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]  # audio file to continue
-    models: Path = Path("units")  # folder that train-units wrote
+    models: Path = Path("piano-units")  # name of shipped models, or folder that train-units wrote
     seconds: float = 5.0  # of new sound
     out: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("out.wav")  # .wav or .flac
     temperature: float = 1.0  # 0: always the most probable unit and sample
@@ -65,4 +66,16 @@ class Continue:
         print(self.out)
 
 
-COMMANDS = {"train-units": TrainUnits, "continue": Continue}
+@dataclass
+class CompareRepresentations(CompareRepresentationsConfig):
+    """Learn representations of sound, read labels off all of them the same way, and say what the results allow.
+
+    Rows: a supervised VGG, a language model over codes, SimCLR, a bag of codes, and controls. Into OUT go runs,
+    representations.json, .md and .png. The same command again goes on where it was stopped.
+    """
+
+    def run(self) -> None:
+        RepresentationComparison(self).run()
+
+
+COMMANDS = {"train-units": TrainUnits, "continue": Continue, "compare-representations": CompareRepresentations}
