@@ -2,8 +2,9 @@
 
 A run is one row, one task, one seed. Runs are made seed by seed by train.fit, each in a folder of its own below
 OUT/runs, so that a stopped command goes on where it was. A finished run is its result.json, the probabilities of the
-test clips (test.npz) and its model. After each the tables are written again: taggers.json, .md and .png. Intervals come
-from a paired bootstrap over source groups, as in compare-generators; tagger_report.py says what may be claimed.
+test clips (test.npz) and its model. At the end, or where the command is stopped, the tables are written from all runs
+that are there (after each run that would cost more than the run): taggers.json, .md and .png. Intervals come from a
+paired bootstrap over source groups, as in compare-generators; tagger_report.py says what may be claimed.
 """
 
 import hashlib
@@ -49,7 +50,7 @@ PROTOCOLS = {
     for protocol in (
         Protocol("smoke", 4, 4, {"n_filter": 64, "n_embd": 16, "n_hidden": 16, "n_head": 2},
                  ("resnet18", "densenet121"), checkpoints=2, most_clips=20, claims=False),
-        Protocol("compact", 2400, 64, {}, ("resnet18", "densenet121")),
+        Protocol("compact", 2400, 16, {}, ("resnet18", "densenet121"), checkpoints=5),
         Protocol("h100", 20_000, 256, {}, precision="bf16"),
     )
 }  # fmt: skip
@@ -126,7 +127,7 @@ class TaggerComparison:
         self.began, self.held = time.monotonic(), {}
 
     def run(self) -> None:
-        """Make every run that is missing; write the tables after each."""
+        """Make every run that is missing; write the tables."""
         with checkpoint.lock(self.config.out):
             try:
                 for seed in () if self.config.report_only else self.config.seeds:
@@ -185,7 +186,6 @@ class TaggerComparison:
             "torch": torch.__version__, "protocol": asdict(self.protocol),
         })  # fmt: skip
         shutil.rmtree(out / "training")
-        self.report()
 
     def train(
         self, row: Row, task: str, out: Path, seed: int, lr: float, steps: int
