@@ -1,8 +1,12 @@
-"""`audiokernels build-corpus`: a 16 kHz corpus of rendered piano and real speech from Debian and PyPI packages.
+"""`audiokernels build-corpus`: a 16 kHz corpus of piano, speech, sound events and chords from Debian and PyPI packages.
 
     piano/      renderings of public-domain scores (music21's collection) through a sampled grand; split by piece
     speech/     real voices in ten languages; split by voice
+    tags/       two seconds of one to three sound events each, with every label of them; split by recording
+    tags_src/   the recordings of tags' training side, unmixed
+    pitch/      one second each of one to six notes on up to three instruments; the labels are MIDI notes
     manifest.jsonl   one JSON object a line: path, part, split, seconds, group, labels, source, license, detail
+    labels.json      the labels of tags and of pitch, in the order a model should have them
     notes.jsonl      for piano/: the notes that sound, [onset s, offset s, MIDI pitch, velocity]
     sources.json     recipe, seed, rate and versions of all packages, on which alone the result depends
     <part>_<split>.mulaw.npz   with --pack: 8-bit mu-law codes of a split, which Recordings.load reads
@@ -30,12 +34,19 @@ import torch
 
 from audiomodels._optional import require
 from audiomodels.corpus.piano import build_piano
+from audiomodels.corpus.pitch import build_pitch
 from audiomodels.corpus.recipe import QUICK, RECIPE, SOUNDFONTS
 from audiomodels.corpus.speech import build_speech
+from audiomodels.corpus.tags import build_tags
 from audiomodels.corpus.tools import CorpusError, Packages, save
 from audiomodels.quantize import mulaw_encode
 
-PARTS: dict[str, Callable[["Build", Any], None]] = {"piano": build_piano, "speech": build_speech}
+PARTS: dict[str, Callable[["Build", Any], None]] = {
+    "piano": build_piano,
+    "speech": build_speech,
+    "tags": build_tags,  # after speech, whose voices it mixes in
+    "pitch": build_pitch,
+}
 VERSIONED = ("music21", "numpy", "scipy", "soundfile")
 
 
@@ -72,6 +83,7 @@ class Build:
         self.pool = ProcessPoolExecutor(config.jobs) if config.jobs > 1 else None
         self.rows: list[dict[str, Any]] = []
         self.notes: list[dict[str, Any]] = []
+        self.labels: dict[str, list[str | int]] = {}  # part: its labels
 
     def map(self, function: Callable[[Any], Any], jobs: list[Any]) -> Iterable[Any]:
         """function of each job, in order."""
@@ -83,7 +95,7 @@ class Build:
         return self.packages.root(package) / name, license_
 
     def add(self, audio: np.ndarray, *, part: str, split: str, name: str, **row: Any) -> str:
-        """Write one clip; row: group, labels, source, license, detail. Returns its path."""
+        """Write one clip; row: labels, source, license, detail, group. Returns its path."""
         path = f"{part}/{split}/{name}.flac"
         seconds = save(self.out / path, audio, self.rate)
         self.rows.append({"path": path, "part": part, "split": split, "seconds": seconds, **row})
@@ -93,6 +105,8 @@ class Build:
         """Write what stands beside the clips."""
         for name, rows in (("manifest.jsonl", self.rows), ("notes.jsonl", self.notes)):
             (self.out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if self.labels:
+            (self.out / "labels.json").write_text(json.dumps(self.labels, indent=1) + "\n")
         pypi = {}
         for name in VERSIONED:
             try:
