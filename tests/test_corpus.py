@@ -13,6 +13,7 @@ pytest.importorskip("scipy")
 import soundfile
 from audiomodels.corpus import builder, labels, piano, pitch, tags, tools
 from audiomodels.corpus.builder import CorpusConfig
+from audiomodels.corpus.recipe import FREE
 from audiomodels.corpus.tools import CorpusError, write_midi
 from audiomodels.data import Recordings, groups_of, voice_sides
 from audiomodels.tag_data import HELD_OUT_PROGRAMS, TagClips
@@ -177,6 +178,19 @@ def test_labels_are_read_from_file_names():
     known = {label for rules in labels.DOMAINS.values() for label, _ in rules} | {f[2] for f in labels.FAMILIES}
     for parent, children in labels.BROADER.items():
         assert set(children.split()) <= known | set(labels.BROADER) | {"Speech"}, parent
+
+
+def test_the_free_recipe_has_nothing_under_the_gpl():
+    """Every source names its licences; those that are GPL alone are not even downloaded."""
+    for source in FREE["tags"]["effects"]:
+        kept = {source["license"], *source.get("licenses", {}).values()}
+        assert any("GPL" not in license_ for license_ in kept), source["package"]
+    assert FREE["tags"]["without"] == ["GPL"] and not any("GPL" in source["license"] for source in FREE["speech"])
+    packages = {source["package"] for source in FREE["tags"]["effects"]}
+    assert packages.isdisjoint({"qabcs-data", "tuxpaint-stamps-default", "wesnoth-1.16-data", "supertux-data"})
+    drums = next(source for source in FREE["tags"]["effects"] if source["package"] == "hydrogen-drumkits")
+    of = {kit: tags.license_of(drums, f"x:usr/share/hydrogen/data/drumkits/{kit}/a.wav") for kit in ("Audiophob", "Z")}
+    assert of == {"Audiophob": "CC0-1.0", "Z": "GPL-2.0-only"}  # a kit that is not named counts as GPL
 
 
 def test_tags(tmp_path, cache, recipe, sounds):
@@ -346,6 +360,8 @@ def test_what_is_missing_is_named(tmp_path, cache, recipe, monkeypatch):
 def test_wrong_options(tmp_path, cache, recipe):
     with pytest.raises(ValueError, match="parts must be among piano, speech, tags, pitch, got drums"):
         CorpusConfig(out=tmp_path, parts=("drums",))
+    with pytest.raises(ValueError, match="quick, free and recipe exclude each other"):
+        CorpusConfig(out=tmp_path, quick=True, free=True)
     with pytest.raises(ValueError, match="jobs must be at least 1"):
         CorpusConfig(out=tmp_path, jobs=0)
     (tmp_path / "manifest.jsonl").touch()

@@ -35,7 +35,7 @@ import torch
 from audiomodels._optional import require
 from audiomodels.corpus.piano import build_piano
 from audiomodels.corpus.pitch import build_pitch
-from audiomodels.corpus.recipe import QUICK, RECIPE, SOUNDFONTS
+from audiomodels.corpus.recipe import FREE, QUICK, RECIPE, SOUNDFONTS
 from audiomodels.corpus.speech import build_speech
 from audiomodels.corpus.tags import build_tags
 from audiomodels.corpus.tools import CorpusError, Packages, save
@@ -58,6 +58,7 @@ class CorpusConfig:
     cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "audio-corpus")  # downloaded packages
     parts: tuple[str, ...] = tuple(PARTS)
     quick: bool = False  # about two minutes of each part
+    free: bool = False  # speech and tags alone, without what is under the GPL: for models that are given away
     recipe: Path | None = None  # a JSON file to build instead; parts missing there are not built
     pack: bool = False  # also write 8-bit mu-law npz files
     rate: int = 16000  # Hz
@@ -68,6 +69,8 @@ class CorpusConfig:
         unknown = sorted(set(self.parts) - set(PARTS))
         if unknown or not self.parts:
             raise ValueError(f"parts must be among {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
+        if sum((self.quick, self.free, self.recipe is not None)) > 1:
+            raise ValueError("quick, free and recipe exclude each other")
         if self.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {self.jobs}")
 
@@ -147,7 +150,7 @@ def build(config: CorpusConfig) -> list[dict[str, Any]]:
     """Build the corpus; returns the rows of its manifest. CorpusError says what is missing."""
     if (config.out / "manifest.jsonl").exists():
         raise CorpusError(f"{config.out}: holds a corpus already")
-    recipe = QUICK if config.quick else RECIPE
+    recipe = QUICK if config.quick else FREE if config.free else RECIPE
     if config.recipe is not None:
         recipe = json.loads(config.recipe.read_text())
     made = Build(config, recipe)
