@@ -174,7 +174,7 @@ RECIPE: dict[str, Any] = {
     ],
 }
 
-# Sound events and voices without the GPL's, whose terms for a trained model nobody knows: for models that are given away.
+# Sound events and voices for models that are given away: without the GPL's, whose terms for trained weights are unsettled.
 # More phrases of the instruments, and more clips to test on.
 FREE: dict[str, Any] = {
     "name": "free",
