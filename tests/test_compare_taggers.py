@@ -64,6 +64,19 @@ def test_figures_without_resampling_are_those_of_tagging():
     assert tagger_report.estimate(tagger_report.map_values(scores, data, 100)) is None
 
 
+def test_the_interval_of_rare_labels_holds_its_figure():
+    """Twelve labels of two clips each: the resamples' own mean is far above the figure."""
+    labels = torch.zeros(100, 12, dtype=torch.bool)
+    for label in range(12):
+        labels[[label, 50 + label], label] = True
+    rare = TagClips([torch.zeros(1, dtype=torch.int16)] * 100, labels, tuple("abcdefghijkl"), 1000,
+                    tuple(f"group {i}" for i in range(100)))  # fmt: skip
+    values = tagger_report.map_values(scores_for(rare, 0.5), rare, 1)
+    interval = tagger_report.estimate(values)
+    assert np.nanmean(values[1:]) > values[0] + interval.half_width / 2  # the bias is no trifle
+    assert interval.low < interval.value == values[0] < interval.high
+
+
 def verdict(strengths, seeds=((0, 1, 2), (0, 1, 2)), curves=((0.4, 0.5), (0.3, 0.4))):
     """What is said of large-haar against large, of made-up strengths."""
     data, runs, values = clips(200), [], {}
@@ -120,7 +133,9 @@ def test_smoke_run(tmp_path, capsys):
     table = json.loads((out / "taggers.json").read_text())
     assert [(run["task"], run["row"]) for run in table["runs"]] == [("tags", "small"), ("pitch", "small")]
     assert table["runs"][0] == result
-    assert result["parameters"] > 1000 and result["flops"] > 1e5 and result["steps"] == 4
+    speed = table["speeds"]["small"]
+    assert speed["flops"] > 1e5 and speed["crops_per_second"] > 1 and "one thread's CPU time" in speed["clock"]
+    assert result["parameters"] > 1000 and result["steps"] == 4
     assert result["crops_seen"] == 16 and len(result["curve"]) == 2 and result["device"] and len(result["data"]) == 2
     assert not table["estimates"]["tags"]["orders"]  # a smoke run prints no order
     text = (out / "taggers.md").read_text()

@@ -119,7 +119,7 @@ class Tag:
     """Name the sounds in an audio file: prints the top labels, and draws them over time."""
 
     file: AudioFile  # any sound file
-    model: Folder  # model folder of `train --model audio_transformer` or `train --model cnn`
+    model: Folder = Path("tagger")  # one that comes with the package, or a folder of `train --model audio_transformer`
     top: int = 8  # labels shown
     out: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None  # the picture; default: FILE's name + _tags.png
 

@@ -174,7 +174,7 @@ RECIPE: dict[str, Any] = {
     ],
 }
 
-# Speech and sound events for models that are given away: without the GPL, whose terms for trained weights are unsettled.
+# Speech and sound events for models that are given away: without the GPL, whose terms for weights are unsettled.
 # More phrases of the instruments, and more clips to test on.
 FREE: dict[str, Any] = {
     "name": "free",
