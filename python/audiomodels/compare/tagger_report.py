@@ -69,8 +69,9 @@ def map_values(scores: np.ndarray, clips: TagClips, least: int = LEAST) -> np.nd
 
 def frame_values(scores: np.ndarray, clips: TagClips) -> np.ndarray:
     """(1 + RESAMPLES,): frame AP, likewise."""
-    weights = np.repeat(group_weights(clips.groups), scores.shape[1], axis=1)
-    return resampled(scores.ravel(), clips.labels.numpy().ravel(), weights)
+    pairs, labels = scores.ravel(), clips.labels.numpy().ravel()
+    parts = np.array_split(group_weights(clips.groups), 20)  # a weight for each pair would be hundreds of MiB
+    return np.concatenate([resampled(pairs, labels, np.repeat(part, scores.shape[1], axis=1)) for part in parts])
 
 
 def note_values(scores: np.ndarray, clips: TagClips) -> np.ndarray:
