@@ -179,7 +179,7 @@ def head(protocol: dict) -> str:
     smoke = "\nThis protocol tests the plumbing. Its figures mean nothing; no order is given.\n"
     return f"""# Taggers
 
-Protocol "{name}": {steps:,} steps of {batch} one-second crops, {precision}.
+Protocol "{name}": {steps:,} steps of {batch} one-second crops, {steps * batch / 3600:,.1f} hours of sound, {precision}.
 Written by `audiokernels compare-taggers`. Test scores are means over one-second crops and over seeds, with the 95 %
 interval of a paired bootstrap over source groups. Instruments are rendered from a sound font.
 {"" if protocol["claims"] else smoke}"""
