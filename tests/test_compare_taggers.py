@@ -48,6 +48,16 @@ def test_weights_draw_whole_groups():
     assert (weights[:, :20] == weights[:, 20:40]).all() and weights[1:].std() > 0.5
 
 
+def test_mixtures_vary_with_each_of_their_recordings():
+    """Ten mixtures of one pair of recordings tell as much as one, not as ten."""
+    others = [f"x{i}" for i in range(20)]
+    weights = tagger_report.group_weights(["a | b"] * 10 + ["c", "d | a", *others])
+    assert (weights[:, :10] == weights[:, :1]).all() and (weights[0] == 1).all()
+    assert np.corrcoef(weights[1:, 0], weights[1:, 11])[0, 1] > 0.1  # they share a
+    alone = tagger_report.group_weights([f"clip {i}" for i in range(12)] + others)
+    assert weights[:, :10].mean(1).std() > 1.5 * alone[:, :10].mean(1).std()
+
+
 def test_figures_without_resampling_are_those_of_tagging():
     data = clips()
     scores = scores_for(data, 1.5)

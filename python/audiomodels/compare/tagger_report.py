@@ -52,10 +52,15 @@ def resampled(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np
 
 
 def group_weights(groups: Sequence[str]) -> np.ndarray:
-    """(1 + RESAMPLES, clips): ones, then how often each clip's group is in each resample."""
-    names = sorted(set(groups))
-    index = np.array([names.index(group) for group in groups])
-    return np.vstack([np.ones(len(groups)), draws(len(names))[:RESAMPLES][:, index]])
+    """(1 + RESAMPLES, clips): ones, then how often each clip's group is in each resample.
+
+    A mixture of several groups, "a | b", belongs to each in equal parts: two mixtures of one recording vary together.
+    """
+    members = [group.split(" | ") for group in groups]
+    names = {name: index for index, name in enumerate(sorted({name for clip in members for name in clip}))}
+    drawn = draws(len(names))[:RESAMPLES]
+    weights = np.stack([drawn[:, [names[name] for name in clip]].mean(1) for clip in members], axis=1)
+    return np.vstack([np.ones(len(groups)), weights])
 
 
 def map_values(scores: np.ndarray, clips: TagClips, least: int = LEAST) -> np.ndarray:
