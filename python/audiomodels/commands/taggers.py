@@ -195,17 +195,16 @@ class PlotFilters:
     def run(self) -> None:
         if not self.models:
             raise ValueError("at least one MODEL must be given")
-        banks, tasks, names = {}, {}, _short_names(self.models)
+        banks, tasks, sounds, names = {}, {}, {}, _short_names(self.models)
         self.out.mkdir(parents=True, exist_ok=True)
         for folder, name in zip(self.models, names, strict=True):
             model = AudioTransformer.from_pretrained(folder)
             config = model.config
             bank = filters.filter_bank(model.filters.weight, config.sample_rate)
-            audio = [
-                read_audio(row["file"], sample_rate=config.sample_rate)[0]
-                for row in rows_of(self.sounds or clips())[:2000]
-            ]
-            patches = filters.patches_of(audio, config.patch)
+            if config.sample_rate not in sounds:
+                files = [row["file"] for row in rows_of(self.sounds or clips())[:2000]]
+                sounds[config.sample_rate] = [read_audio(file, sample_rate=config.sample_rate)[0] for file in files]
+            patches = filters.patches_of(sounds[config.sample_rate], config.patch)
             torch.manual_seed(self.seed)
             untrained = AudioTransformer(config).filters.weight
             controls = {
