@@ -196,7 +196,7 @@ def test_quick_run(name, tmp_path):
     assert {row["dtype"] for row in kernels} >= {"float32", "bfloat16"}
     assert {row["batch"] for row in kernels} >= {"1", "16"}
     assert any(row["floor"] for row in kernels) and any(row["case"] == "limits" for row in rows)
-    if backends()[name]["cpu"].startswith("C++"):
+    if backends().get(name, {"cpu": ""})["cpu"].startswith("C++"):  # but for a model's, whose steps are torch's
         assert all(C.isa() in row["note"] for row in kernels)
 
 

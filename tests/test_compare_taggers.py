@@ -48,6 +48,16 @@ def test_weights_draw_whole_groups():
     assert (weights[:, :20] == weights[:, 20:40]).all() and weights[1:].std() > 0.5
 
 
+def test_mixtures_vary_with_each_of_their_recordings():
+    """Ten mixtures of one pair of recordings tell as much as one, not as ten."""
+    others = [f"x{i}" for i in range(20)]
+    weights = tagger_report.group_weights(["a | b"] * 10 + ["c", "d | a", *others])
+    assert (weights[:, :10] == weights[:, :1]).all() and (weights[0] == 1).all()
+    assert np.corrcoef(weights[1:, 0], weights[1:, 11])[0, 1] > 0.1  # they share a
+    alone = tagger_report.group_weights([f"clip {i}" for i in range(12)] + others)
+    assert weights[:, :10].mean(1).std() > 1.5 * alone[:, :10].mean(1).std()
+
+
 def test_figures_without_resampling_are_those_of_tagging():
     data = clips()
     scores = scores_for(data, 1.5)
@@ -62,6 +72,19 @@ def test_figures_without_resampling_are_those_of_tagging():
     interval = tagger_report.estimate(tagger_report.map_values(scores, data))
     assert interval.low < interval.value < interval.high and 0.02 < interval.half_width < 0.2
     assert tagger_report.estimate(tagger_report.map_values(scores, data, 100)) is None
+
+
+def test_the_interval_of_rare_labels_holds_its_figure():
+    """Twelve labels of two clips each: the resamples' own mean is far above the figure."""
+    labels = torch.zeros(100, 12, dtype=torch.bool)
+    for label in range(12):
+        labels[[label, 50 + label], label] = True
+    rare = TagClips([torch.zeros(1, dtype=torch.int16)] * 100, labels, tuple("abcdefghijkl"), 1000,
+                    tuple(f"group {i}" for i in range(100)))  # fmt: skip
+    values = tagger_report.map_values(scores_for(rare, 0.5), rare, 1)
+    interval = tagger_report.estimate(values)
+    assert np.nanmean(values[1:]) > values[0] + interval.half_width / 2  # the bias is no trifle
+    assert interval.low < interval.value == values[0] < interval.high
 
 
 def verdict(strengths, seeds=((0, 1, 2), (0, 1, 2)), curves=((0.4, 0.5), (0.3, 0.4))):
@@ -120,7 +143,9 @@ def test_smoke_run(tmp_path, capsys):
     table = json.loads((out / "taggers.json").read_text())
     assert [(run["task"], run["row"]) for run in table["runs"]] == [("tags", "small"), ("pitch", "small")]
     assert table["runs"][0] == result
-    assert result["parameters"] > 1000 and result["flops"] > 1e5 and result["steps"] == 4
+    speed = table["speeds"]["small"]
+    assert speed["flops"] > 1e5 and speed["crops_per_second"] > 1 and "one thread's CPU time" in speed["clock"]
+    assert result["parameters"] > 1000 and result["steps"] == 4
     assert result["crops_seen"] == 16 and len(result["curve"]) == 2 and result["device"] and len(result["data"]) == 2
     assert not table["estimates"]["tags"]["orders"]  # a smoke run prints no order
     text = (out / "taggers.md").read_text()

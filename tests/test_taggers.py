@@ -119,7 +119,29 @@ def test_plot_filters(call, model, tmp_path):
         "filters_tags.png", "filters_tags.npy", "filters_pitch.png", "filters_pitch.npy", "filters_curves.png",
     }  # fmt: skip
     code, _, err = call("plot-filters", model, model)
-    assert code == 2 and "must be folders of different names, got tags, tags" in err
+    assert code == 2 and "must be different folders, got" in err
+
+
+def test_plot_filters_tells_seeds_from_tasks(call, tmp_path):
+    """Folders as compare-taggers leaves them: they end alike, and models of one task have one list of labels."""
+    for task, labels in (("tags", ("a", "b")), ("pitch", ("60", "61"))):
+        for seed in range(2):
+            torch.manual_seed(seed)
+            sizes = {"n_class": 2, "n_layer": 1, "n_filter": 64, "patch": 100, "sample_rate": RATE}
+            net = AudioTransformer(AudioTransformerConfig(labels=labels, **sizes))
+            if task == "pitch":  # smoother filters: lower centres
+                kernel = torch.ones(1, 1, 9) / 9
+                weight = torch.nn.functional.conv1d(net.filters.weight[:, None], kernel, padding=4)[:, 0]
+                net.filters.weight.data = weight
+            net.save_pretrained(tmp_path / f"{task}/large/seed{seed}/model")
+    models = [tmp_path / f"{task}/large/seed{seed}/model" for task in ("tags", "pitch") for seed in (0, 1)]
+    code, out, _ = call("plot-filters", *models, "--out", tmp_path / "new")
+    assert code == 0 and is_picture(tmp_path / "new" / "filters_curves.png")
+    apart = {line.split(":")[0]: line for line in out.splitlines() if " in the mean of " in line}
+    assert apart["one task"].endswith("of 2 pairs") and apart["two tasks"].endswith("of 4 pairs")
+    hz = {kind: float(line.split(":")[1].split(" Hz")[0].replace(",", "")) for kind, line in apart.items()}
+    assert hz["two tasks"] > 3 * hz["one task"] > 0
+    assert (tmp_path / "new" / "filters_pitch-large-seed1.png").exists()
 
 
 @pytest.mark.parametrize(

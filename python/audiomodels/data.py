@@ -283,10 +283,15 @@ def _source_groups(key: str) -> list[str]:
     if rendered:
         return [f"{rendered[1]}:program {int(number)}" for number in rendered[2].split(",")]
     package, _, path = key.partition(":")
-    words = re.sub(r"([a-z])([A-Z])", r"\1 \2", PurePosixPath(path).stem).lower()
-    words = re.sub(r"[^a-z]+", " ", words)
-    words = re.sub(rf"\b({_TAKE_WORDS})\b", " ", words)
+    if package == "voice":  # a clip of the corpus's own speech: its speaker's
+        return [f"voice:{path.partition('/')[0]}"]
+    words = re.sub(rf"\b({_TAKE_WORDS})\b", " ", file_words(PurePosixPath(path).stem))
     return [f"{package}:{PurePosixPath(path).parent.name}:{' '.join(words.split())}"]
+
+
+def file_words(stem: str) -> str:
+    """A file's name as words: "FootStepGrass1" -> "foot step grass"."""
+    return re.sub(r"[^a-z]+", " ", re.sub(r"([a-z])([A-Z])", r"\1 \2", stem).lower()).strip()
 
 
 def _digest(text: str) -> int:

@@ -9,6 +9,7 @@ same layer before training, the principal components of the patches, the mean sp
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,17 @@ def curve_distance(a: FilterBank, b: FilterBank) -> float:
     """Mean distance in Hz between two sorted curves of centres: the earth mover's between their distributions."""
     places = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     return float((torch.quantile(a.centre.double(), places) - torch.quantile(b.centre.double(), places)).abs().mean())
+
+
+def distances(banks: Mapping[str, FilterBank], tasks: Mapping[str, str]) -> dict[str, list[float]]:
+    """curve_distance of every pair of models, in Hz, under "one task" (another seed) or "two tasks".
+
+    Only where the second are larger than the first does a curve say something of its task.
+    """
+    found: dict[str, list[float]] = {"one task": [], "two tasks": []}
+    for a, b in itertools.combinations(banks, 2):
+        found["one task" if tasks[a] == tasks[b] else "two tasks"].append(curve_distance(banks[a], banks[b]))
+    return found
 
 
 def kinds(bank: FilterBank) -> list[str]:
@@ -165,6 +177,31 @@ def draw(bank: FilterBank, controls: Mapping[str, FilterBank], spectrum: Tensor,
     axis.legend(fontsize=8, frameon=False, markerscale=4, ncols=len(sides))
     for row, (kind, rows) in enumerate(shown.items(), 2):
         gallery(plots.add(fig, grid[row, :], f"{kind}: {len(rows):,} of {n:,} filters"), bank, rows)
+    return fig
+
+
+def draw_tasks(
+    banks: Mapping[str, FilterBank], tasks: Mapping[str, str], controls: Mapping[str, FilterBank], spectrum: Tensor
+) -> plots.Figure:
+    """The curves of several models, a colour for each task, beside the controls; and how far all pairs are apart."""
+    fig, grid = plots.figure(13, 5.5, 1, 2)
+    names = list(dict.fromkeys(tasks[name] for name in banks))
+    axis = plots.add(fig, grid[0, 0], "centre frequencies of the learned filters, a line for each model")
+    curves(axis, {**banks, **controls}, spectrum)
+    for line, name in zip(axis.get_lines(), [*banks, *controls], strict=False):  # the last line is Fourier's
+        at = names.index(tasks[name]) if name in banks else len(names) + list(controls).index(name)
+        line.set(color=_COLORS[at % len(_COLORS)], linewidth=1.5 if name in banks else 1.0)
+    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    axis = plots.add(fig, grid[0, 1], "distance between two curves, each dot a pair of models")
+    pairs = distances(banks, tasks)
+    for name, control in controls.items():
+        pairs[f"to {name}"] = [curve_distance(bank, control) for bank in banks.values()]
+    for row, values in enumerate(pairs.values()):
+        axis.scatter(values, [row] * len(values), s=30, color=plots.BLUE, alpha=0.6, linewidths=0)
+        if values:
+            axis.plot([sum(values) / len(values)] * 2, [row - 0.25, row + 0.25], color="black", linewidth=1.5)
+    axis.set_yticks(range(len(pairs)), list(pairs))
+    axis.set(xlabel="Hz (line: the mean)", xlim=(0, None), ylim=(len(pairs) - 0.5, -0.5))
     return fig
 
 

