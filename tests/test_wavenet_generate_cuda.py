@@ -416,7 +416,7 @@ def test_cuda_teacher_forced_logits(kernel, dtype, condition):
 def test_cuda_codes_do_not_depend_on_repeats_chunks_batch_position_or_cluster_count(kernel, dtype):
     skip_without(kernel)
     pack = pack_of(DILATIONS, dtype=dtype, **STANDARD).to("cuda")
-    n, batch = 600, 260  # more than one wave of clusters, two groups in each
+    n, batch = 600, 260  # three groups in a cluster of an H100; alone and in smaller batches one
     uniforms = philox_uniform(2, batch, n).cuda()
     state = wavenet_state(pack, batch)
     codes = on_gpu(pack, state, uniforms, kernel)
