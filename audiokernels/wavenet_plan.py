@@ -24,7 +24,7 @@ STREAMS = 8  # of a group: the columns of one matrix product
 LOCAL_LAYERS = {32: 5, 64: 5, 128: 1}  # of a block of a cluster, by residual channels
 MOST_TILES = 4  # of 16 rows of skip, head or classes, of a block of a cluster
 HELD_TILES = 16  # of 16 inputs: skip weights that a warp keeps in registers
-MOST_GROUPS = 4  # a step of a group takes about four times as long as its stay in a block
+MOST_GROUPS = 4  # by estimate, a step of a group takes about four times as long as its stay in a block
 
 
 class Gpu(NamedTuple):

@@ -10,7 +10,7 @@ from wavenet_on_host import on_host
 
 from audiokernels import explain, philox_uniform, wavenet_generate, wavenet_pack, wavenet_state, wavenet_unpack
 from audiokernels.wavenet_plan import Gpu, cluster_bytes, general_bytes, gpu_facts, wavenet_generate_plan
-from audiokernels.wavenet_stages import COUNTS, HEAD_STAGES, LAYER_STAGES, stage_times
+from audiokernels.wavenet_stages import COUNTS, HEAD_STAGES, LAYER_STAGES, stage_times, wavenet_stages
 
 host = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 SIZES = {
@@ -418,7 +418,7 @@ def test_cuda_teacher_forced_logits(kernel, dtype, condition):
 def test_cuda_codes_do_not_depend_on_repeats_chunks_batch_position_or_cluster_count(kernel, dtype):
     skip_without(kernel)
     pack = pack_of(DILATIONS, dtype=dtype, **STANDARD).to("cuda")
-    n, batch = 600, 260  # more than one wave of clusters, two groups in each
+    n, batch = 600, 260  # three groups in a cluster of an H100; alone and in smaller batches one
     uniforms = philox_uniform(2, batch, n).cuda()
     state = wavenet_state(pack, batch)
     codes = on_gpu(pack, state, uniforms, kernel)
@@ -467,6 +467,18 @@ def test_cuda_beside_a_competing_stream(kernel, dtype):
                 a = (a @ a).tanh()
         assert torch.equal(on_gpu(pack, wavenet_state(pack, 16), uniforms, kernel), expected)
     torch.cuda.synchronize()
+
+
+@gpu
+def test_cuda_stages():
+    skip_without("cuda_cluster")
+    pack, uniforms = pack_of(DILATIONS, dtype=torch.float16, **STANDARD).to("cuda"), philox_uniform(5, 300, 500).cuda()
+    state, other = wavenet_state(pack, 300), wavenet_state(pack, 300)
+    times = wavenet_stages(pack, state, uniforms)
+    wavenet_generate(pack, other, uniforms)
+    assert torch.equal(state, other) and 0.2 < times.gigahertz < 4.0
+    sums = [sum(block.values()) for block in times.blocks[:4]]
+    assert len(times.blocks) == 8 and max(sums) < 1.05 * min(sums)  # each adds up to the whole step
 
 
 @gpu
