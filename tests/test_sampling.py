@@ -8,7 +8,7 @@ import torch
 from cuda_on_host import COMPILER
 from instruction_sets import in_use, instruction_sets
 from transformer_cases import pack_of as transformer_pack_of
-from wavenet_cases import pack_of
+from wavenet_cases import pack_of, weights_of
 from wavenet_on_host import on_host
 
 from audiokernels import (
@@ -17,6 +17,7 @@ from audiokernels import (
     transformer_generate,
     transformer_state,
     wavenet_generate,
+    wavenet_pack,
     wavenet_state,
 )
 from audiokernels.transformer_generate import transformer_generate_ref
@@ -24,7 +25,8 @@ from audiokernels.wavenet_generate import wavenet_generate_ref
 from audiokernels.wavenet_plan import cluster_bytes, general_bytes
 
 CASES = [{"top_k": 1}, {"top_k": 3}, {"top_k": 40}, {"top_p": 0.05}, {"top_p": 0.5}, {"top_p": 0.99},
-         {"top_k": 10, "top_p": 0.7}, {"temperature": 0.3, "top_k": 7}, {"temperature": 2.0, "top_p": 0.9}]  # fmt: skip
+         {"top_k": 10, "top_p": 0.7}, {"temperature": 0.3, "top_k": 7}, {"temperature": 2.0, "top_p": 0.9},
+         {"temperature": 20.0, "top_k": 40}]  # fmt: skip
 ISAS = [isa for isa in instruction_sets("wavenet_generate") if isa != "reference"]
 
 
@@ -200,6 +202,32 @@ def test_codes_do_not_depend_on_instruction_set_batch_or_chunks(options):
         state = wavenet_state(pack, 1)
         parts = [wavenet_generate(pack, state, uniforms[6:7, a:b], **options) for a, b in ((0, 1), (1, 50), (50, 120))]
         assert torch.equal(torch.cat(parts, 1), codes[6:7])
+
+
+def tied(levels):
+    """A pack whose logits are always these."""
+    weights = weights_of(2, n_class=len(levels))
+    weights["out_weight"].zero_()
+    weights["out_bias"] = torch.tensor(levels)
+    return wavenet_pack(weights, [1, 2])
+
+
+@pytest.mark.parametrize("kernel", [*ISAS, "general"])
+def test_kernels_keep_classes_that_tie(kernel):
+    levels = [-1.0, 0.5, 0.5, -1.0, 0.5, 0.0, -0.0, -2.0] * 3  # 9 of 0.5, 6 of 0, 6 of -1, 3 of -2
+    pack = tied(levels)
+    uniforms = (torch.arange(150.0)[None] + 0.5) / 150
+    if kernel == "general" and COMPILER is None:
+        pytest.skip("no C++ compiler")
+    for options in ({"top_k": 1}, {"top_k": 9}, {"top_k": 10}, {"top_k": 16}, {"top_p": 1e-30}, {"top_p": 0.8}):
+        if kernel == "general":
+            plan = (1, general_bytes(pack.shape, 1), 0, 0)
+            codes = on_host("general", plan, pack, wavenet_state(pack, 1), uniforms, **options)
+        else:
+            with in_use(kernel):
+                codes = wavenet_generate(pack, wavenet_state(pack, 1), uniforms, **options)
+        stays = Sampling(**options).weights(torch.tensor([levels]))[0].nonzero()[:, 0]
+        assert torch.equal(codes.unique().long(), stays), options
 
 
 def test_off_is_off():
