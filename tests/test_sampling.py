@@ -251,3 +251,15 @@ def test_gpu_kernels_draw_by_the_rule(kernel):
         codes, logits = on_host(kernel, plan, pack, wavenet_state(pack, 3), uniforms, **run)
         wrong, unexplained = differing(options, logits, uniforms, codes)
         assert wrong <= 1 and unexplained == 0, options
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gpu_kernels_on_a_gpu(dtype):
+    pack = pack_of([1, 2, 4], dtype=dtype, residual=32, hidden=32, skip=64, head=64, n_class=256).to("cuda")
+    uniforms = philox_uniform(3, 5, 400)
+    for options in CASES:
+        state = wavenet_state(pack, 5)
+        codes, logits = wavenet_generate(pack, state, uniforms.cuda(), **options, return_logits=True)
+        wrong, unexplained = differing(options, logits.cpu(), uniforms, codes.cpu())
+        assert wrong <= 5 and unexplained == 0, options
