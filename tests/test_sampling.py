@@ -8,7 +8,7 @@ import torch
 from cuda_on_host import COMPILER
 from instruction_sets import in_use, instruction_sets
 from transformer_cases import pack_of as transformer_pack_of
-from wavenet_cases import pack_of
+from wavenet_cases import pack_of, weights_of
 from wavenet_on_host import on_host
 
 from audiokernels import (
@@ -17,6 +17,7 @@ from audiokernels import (
     transformer_generate,
     transformer_state,
     wavenet_generate,
+    wavenet_pack,
     wavenet_state,
 )
 from audiokernels.transformer_generate import transformer_generate_ref
@@ -24,7 +25,8 @@ from audiokernels.wavenet_generate import wavenet_generate_ref
 from audiokernels.wavenet_plan import cluster_bytes, general_bytes
 
 CASES = [{"top_k": 1}, {"top_k": 3}, {"top_k": 40}, {"top_p": 0.05}, {"top_p": 0.5}, {"top_p": 0.99},
-         {"top_k": 10, "top_p": 0.7}, {"temperature": 0.3, "top_k": 7}, {"temperature": 2.0, "top_p": 0.9}]  # fmt: skip
+         {"top_k": 10, "top_p": 0.7}, {"temperature": 0.3, "top_k": 7}, {"temperature": 2.0, "top_p": 0.9},
+         {"temperature": 20.0, "top_k": 40}]  # fmt: skip
 ISAS = [isa for isa in instruction_sets("wavenet_generate") if isa != "reference"]
 
 
@@ -202,6 +204,32 @@ def test_codes_do_not_depend_on_instruction_set_batch_or_chunks(options):
         assert torch.equal(torch.cat(parts, 1), codes[6:7])
 
 
+def tied(levels):
+    """A pack whose logits are always these."""
+    weights = weights_of(2, n_class=len(levels))
+    weights["out_weight"].zero_()
+    weights["out_bias"] = torch.tensor(levels)
+    return wavenet_pack(weights, [1, 2])
+
+
+@pytest.mark.parametrize("kernel", [*ISAS, "general"])
+def test_kernels_keep_classes_that_tie(kernel):
+    levels = [-1.0, 0.5, 0.5, -1.0, 0.5, 0.0, -0.0, -2.0] * 3  # 9 of 0.5, 6 of 0, 6 of -1, 3 of -2
+    pack = tied(levels)
+    uniforms = (torch.arange(150.0)[None] + 0.5) / 150
+    if kernel == "general" and COMPILER is None:
+        pytest.skip("no C++ compiler")
+    for options in ({"top_k": 1}, {"top_k": 9}, {"top_k": 10}, {"top_k": 16}, {"top_p": 1e-30}, {"top_p": 0.8}):
+        if kernel == "general":
+            plan = (1, general_bytes(pack.shape, 1), 0, 0)
+            codes = on_host("general", plan, pack, wavenet_state(pack, 1), uniforms, **options)
+        else:
+            with in_use(kernel):
+                codes = wavenet_generate(pack, wavenet_state(pack, 1), uniforms, **options)
+        stays = Sampling(**options).weights(torch.tensor([levels]))[0].nonzero()[:, 0]
+        assert torch.equal(codes.unique().long(), stays), options
+
+
 def test_off_is_off():
     pack, uniforms = pack_of([1, 2, 4]), philox_uniform(4, 2, 200)
     codes = wavenet_generate(pack, wavenet_state(pack, 2), uniforms)
@@ -223,3 +251,15 @@ def test_gpu_kernels_draw_by_the_rule(kernel):
         codes, logits = on_host(kernel, plan, pack, wavenet_state(pack, 3), uniforms, **run)
         wrong, unexplained = differing(options, logits, uniforms, codes)
         assert wrong <= 1 and unexplained == 0, options
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gpu_kernels_on_a_gpu(dtype):
+    pack = pack_of([1, 2, 4], dtype=dtype, residual=32, hidden=32, skip=64, head=64, n_class=256).to("cuda")
+    uniforms = philox_uniform(3, 5, 400)
+    for options in CASES:
+        state = wavenet_state(pack, 5)
+        codes, logits = wavenet_generate(pack, state, uniforms.cuda(), **options, return_logits=True)
+        wrong, unexplained = differing(options, logits.cpu(), uniforms, codes.cpu())
+        assert wrong <= 5 and unexplained == 0, options

@@ -231,8 +231,9 @@ def picture(
     top = 10 * math.log10(float(plots.mel_power(audio, sample_rate).max()) + 1e-12)
     for column, (name, sound) in enumerate({"what came": lost, first: filled[first]}.items()):
         plots.log_mel(plots.add(fig, grid[1, column], f"log-mel, {name}"), sound, sample_rate, top_db=top)
-    plots.bars(plots.add(fig, grid[2, 0], "log-spectral distance in the gaps, median (less is better)"),
-               {name: float(m.distance.median()) for name, m in measures.items()}, "dB", form="{:.1f}")  # fmt: skip
+    middle = {name: float(m.distance.quantile(0.5)) for name, m in measures.items()}
+    axis = plots.add(fig, grid[2, 0], "log-spectral distance in the gaps, median (less is better)")
+    plots.bars(axis, middle, "dB", form="{:.1f}")
     axis = plots.add(fig, grid[2, 1], "SNR in all gaps together (more is better; silence has 0)")
     axis.barh(list(measures), [m.total_snr for m in measures.values()], height=0.6,
               color=[plots.BLUE] + [plots.GREY] * (len(measures) - 1))  # fmt: skip
