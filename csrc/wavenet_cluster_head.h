@@ -220,6 +220,7 @@ struct HeadBlock {
 #pragma unroll 1
     for (int layer = 0; layer < c.n_layer; layer++) {
       for (int i = 0; i < 2; i++) bias[i] += pack.mix(layer).bias[pack.skip_row(layer) + row + lane / 4 + 8 * i];
+#pragma unroll 1
       for (int step = 0; step < kSteps && layer >= Places::held_of(c); step++)
         skip_tile(layer)[32 * step] = skip_weight(layer, step);
     }
