@@ -11,6 +11,7 @@ import pytest
 from house import MODELS, PROJECT, Rules, code_of, documents, lines, pyproject, tracked, unseen, violations
 
 CLIPS = f"{MODELS}clips/"
+SAMPLES = "docs/samples/"
 AUDIO = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".au", ".opus")
 
 rule = Rules()
@@ -58,7 +59,7 @@ def every_clip_has_its_licence(files):
     rows = {row["path"]: row for row in map(json.loads, files[f"{CLIPS}manifest.jsonl"].splitlines())}
     entry = r"^(\S+)  \([\d.]+ s\)\n    licence: (\S+)\n    credit:  (.*)$"
     licences = {match[1]: (match[2], match[3]) for _, match in lines(entry, files[f"{CLIPS}LICENSES"])}
-    clips = {path.removeprefix(CLIPS) for path in files if path.endswith(AUDIO)}
+    clips = {path.removeprefix(CLIPS) for path in files if path.endswith(AUDIO) and not path.startswith(SAMPLES)}
     for clip in sorted(clips | set(rows) | set(licences)):
         if clip not in clips:
             yield f"{clip}: there is no such clip"
@@ -70,6 +71,25 @@ def every_clip_has_its_licence(files):
             yield f"{clip} is not in manifest.jsonl"
         elif licences[clip] != (rows[clip]["license"], rows[clip]["credit"]):
             yield f"{clip}: its licence or credit differs from the manifest's"
+
+
+@rule(
+    ("b.ogg is not in samples.json", {f"{SAMPLES}b.ogg": "", f"{SAMPLES}samples.json": "[]"}),
+    ("b.ogg is not in samples.json", {f"{SAMPLES}b.ogg": ""}),
+    (
+        "b.ogg: there is no such sample",
+        {f"{SAMPLES}samples.json": '[{"file": "b.ogg", "license": "x", "source": "y"}]'},
+    ),
+    ("names no licence", {f"{SAMPLES}b.ogg": "", f"{SAMPLES}samples.json": '[{"file": "b.ogg", "source": "y"}]'}),
+)
+def every_sample_has_its_licence(files):
+    rows = {row["file"]: row for row in json.loads(files.get(f"{SAMPLES}samples.json", "[]"))}
+    samples = {path.removeprefix(SAMPLES) for path in files if path.startswith(SAMPLES) and path.endswith(AUDIO)}
+    yield from (f"{SAMPLES}{name} is not in samples.json" for name in sorted(samples - set(rows)))
+    yield from (f"{SAMPLES}{name}: there is no such sample" for name in sorted(set(rows) - samples))
+    for name in sorted(samples & set(rows)):
+        if not rows[name].get("license") or not rows[name].get("source"):
+            yield f"{SAMPLES}{name}: names no licence or no source"
 
 
 @rule(
