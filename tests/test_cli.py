@@ -240,6 +240,7 @@ def test_bench(call, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
+        ("generate", "generate takes one MODEL: a folder, or one of the models shipped: piano"),
         ("generate {no}", "no such folder"),
         ("generate {data}", "config.json: no such file"),
         ("generate {model} --prompt {no}", "nothing-here"),
@@ -289,7 +290,7 @@ def test_mistakes_are_one_line_and_exit_code_2(call, model, data, tmp_path, word
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["generate"], "MODEL"),
+        (["train"], "DATA"),
         (["fly"], "fly"),
         (["demo", "--seconds", 1], "seconds must be 3 .. 600, got 1.0"),
         (["demo", "--seconds", "long"], "--seconds"),

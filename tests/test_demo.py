@@ -43,6 +43,9 @@ def test_sound_must_be_alive_and_as_loud():
         assert demo.check_sound(factor * original, original) == []
     for factor, words in ((0.49, "-6.2 dB off"), (2.05, "+6.2 dB off")):
         assert words in demo.check_sound(factor * original, original)[0]
+    assert demo.check_sound(0.2 * original, original, 20) == []
+    assert "+6.2 dB off" in demo.check_sound(2.05 * original, original, 20)[0]
+    assert "-20.9 dB off the original's (allowed: -20 .. +6)" in demo.check_sound(0.09 * original, original, 20)[0]
     assert "constant" in demo.check_sound(torch.zeros(48000), original)[0]
     assert "constant" in demo.check_sound(torch.full((48000,), 0.3), original)[0]
     stuck = original.clone()
@@ -138,6 +141,8 @@ def recording(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(demo, "LENGTH", 1024)
+    for name, value in (("STREAMS", 3), ("PIANO_TARGETS", 4096), ("PROMPT_SECONDS", 0.5), ("AGREEMENT_CODES", 500)):
+        monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(
         demo.peers,
         "samples_per_second",
@@ -154,6 +159,9 @@ def test_the_whole_demo(recording, tmp_path, quick, capsys):
     assert rate == 16000 and len(out) == 48000
     original, rate = read_audio(tmp_path / "demo/original.wav")
     assert rate == 16000 and len(original) == 48000
+    piano, rate = read_audio(tmp_path / "demo/piano.wav")  # half a second of prompt before the three
+    assert rate == 16000 and len(piano) == 56000 and piano[8000:].std() > 0.01
+    assert results.piano.scores["WaveNet"].bits < results.piano.scores["bigram"].bits
     assert (tmp_path / "demo/report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     report = json.loads((tmp_path / "demo/report.json").read_text())
     assert report["scores"]["WaveNet"]["bits"] == results.scores["WaveNet"].bits and report["failures"] == []
@@ -162,9 +170,9 @@ def test_the_whole_demo(recording, tmp_path, quick, capsys):
 
 
 def test_a_demo_that_fails_says_why_and_keeps_what_it_made(recording, tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(demo.predictors, "bigram", lambda head, tail: Scores(0.1, 1.0, 1.0, len(tail[0].codes)))
+    monkeypatch.setattr(demo.predictors, "bigram", lambda head, tail, **_: Scores(0.1, 1.0, 1.0, len(tail[0].codes)))
     monkeypatch.setattr(demo.quantize, "decode", lambda codes, *_: torch.zeros(codes.shape))
-    with pytest.raises(demo.DemoError, match="does not beat bigram(.|\n)*constant"):
+    with pytest.raises(demo.DemoError, match="does not beat bigram(.|\n)*constant(.|\n)*pretrained piano: .*constant"):
         demo.run(demo.DemoConfig(out=tmp_path, recording=recording, seconds=3), TINY, steps=3)
     assert (tmp_path / "out.wav").is_file() and (tmp_path / "report.png").is_file()
     assert len(json.loads((tmp_path / "report.json").read_text())["failures"]) >= 2

@@ -21,7 +21,7 @@ from audiomodels._optional import require
 from audiomodels.commands import generators, taggers, units
 from audiomodels.corpus.builder import CorpusError
 from audiomodels.demo import DemoConfig, DemoError, run
-from audiomodels.pretrained import ModelError
+from audiomodels.pretrained import ModelError, shipped, title
 from audiomodels.train import TrainingError
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 
@@ -33,7 +33,7 @@ USER_ERRORS = (ModelError, CorpusError, checkpoint.CheckpointError, TrainingErro
 
 @dataclass
 class Info:
-    """Which kernel serves which op here, the facts of the build, and the versions of what is installed."""
+    """Which kernel serves which op here, the facts of the build, what is installed, and the models that came along."""
 
     def run(self) -> None:
         runpy.run_module("audiokernels", run_name="__main__")
@@ -43,6 +43,9 @@ class Info:
                 print(f"{name:16} {importlib.metadata.version(name)}")
             except importlib.metadata.PackageNotFoundError:
                 print(f"{name:16} not installed")
+        print("\nmodels that came with the package (audiokernels generate NAME):")
+        for name in shipped():
+            print(title(name))
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 
 from audiomodels._optional import require
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 SHIPPED = Path(__file__).parent / "checkpoints"  # models that come with the package, a folder and a card each
 T = TypeVar("T", bound="Pretrained")
 MAX_CONFIG_BYTES = 1 << 20
@@ -71,6 +71,12 @@ class Pretrained(require("huggingface_hub").PyTorchModelHubMixin):
 def shipped() -> list[str]:
     """The names of the models that come with the package."""
     return sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()) if SHIPPED.is_dir() else []
+
+
+def title(name: str) -> str:
+    """What the model card of a shipped model says first, in one line."""
+    with (SHIPPED / name / CARD).open(encoding="utf-8") as card:
+        return card.readline().strip("# \n")
 
 
 def model_folder(name: str | os.PathLike) -> Path:

@@ -24,6 +24,7 @@ from audiomodels.compare.generators import CompareConfig, Comparison, reproduce
 from audiomodels.corpus import builder
 from audiomodels.data import Crops, Recordings
 from audiomodels.generator import Generator
+from audiomodels.pretrained import shipped
 from audiomodels.registry import GENERATORS, load
 from audiomodels.sample_rnn import SampleRNNConfig
 from audiomodels.sample_transformer import SampleTransformer, SampleTransformerConfig
@@ -32,7 +33,7 @@ from audiomodels.wave_rnn import WaveRNNConfig
 from audiomodels.wavenet import WaveNetConfig
 
 tyro = require("tyro")
-ModelFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
+ModelFolder = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="MODEL")]
 Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
@@ -109,9 +110,11 @@ class TrainWaveRNN(Train):
 
 @dataclass
 class Generate:
-    """Generate sound from a model folder that `train`, `demo` or save_pretrained wrote."""
+    """Generate sound from a model that came with the package (`info` lists them), or from a folder that `train`, `demo`
+    or save_pretrained wrote. `generate piano` and `generate --model piano` are the same."""
 
-    model: ModelFolder  # folder with config.json and model.safetensors
+    folder: ModelFolder = None  # folder with config.json and model.safetensors, or the name of a shipped model
+    model: Name = None  # the same
     out: Path = Path("out.wav")  # .wav or .flac; with --batch 2: out_0.wav, out_1.wav
     seconds: float = 4.0  # of new sound
     prompt: File = None  # audio file to continue; it is not part of the result
@@ -129,7 +132,10 @@ class Generate:
             raise ValueError(f"--batch must be 1 .. 1024, got {self.batch}")
         if self.out.suffix.lower() not in (".wav", ".flac"):
             raise ValueError(f"--out must end in .wav or .flac, got {self.out}")
-        model = unconditional(self.model)
+        if (self.folder is None) == (self.model is None):
+            names = ", ".join(shipped()) or "none"
+            raise ValueError(f"generate takes one MODEL: a folder, or one of the models shipped: {names}")
+        model = unconditional(self.folder or self.model)
         config, prompt = model.config, None
         if self.prompt is not None:
             audio, _ = read_audio(self.prompt, sample_rate=config.sample_rate)
