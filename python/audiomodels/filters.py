@@ -189,7 +189,7 @@ def draw_tasks(
     axis = plots.add(fig, grid[0, 0], "centre frequencies of the learned filters, a line for each model")
     curves(axis, {**banks, **controls}, spectrum)
     for line, name in zip(axis.get_lines(), [*banks, *controls], strict=False):  # the last line is Fourier's
-        at = names.index(tasks[name]) if name in banks else len(names) + list(controls).index(name)
+        at = 2 * names.index(tasks[name]) if name in banks else 2 * list(controls).index(name) + 1
         line.set(color=_COLORS[at % len(_COLORS)], linewidth=1.5 if name in banks else 1.0)
     axis.legend(fontsize=8, frameon=False, loc="upper left")
     axis = plots.add(fig, grid[0, 1], "distance between two curves, each dot a pair of models")

@@ -106,31 +106,30 @@ def write_all(
     out: Path,
     runs: list[dict],
     tests: Mapping[str, Mapping[str, TagClips]],
-    missing: dict[str, str],
+    titles: dict[str, str],
     protocol: dict,
     speeds: dict[str, dict],
 ) -> None:
     """Write taggers.json, .md and .png.
 
-    runs: results with their test "probabilities"; tests: task -> split -> clips; missing: rows that were not run;
-    speeds: row -> "flops" of a crop, "crops_per_second" of training.
+    runs: results with their test "probabilities"; tests: task -> split -> clips; titles: of all rows, those that
+    were not run too; speeds: row -> "flops" of a crop, "crops_per_second" of training.
     """
     tables, text = {}, [head(protocol)]
     for task, splits in tests.items():
         mine = [run for run in runs if run["task"] == task]
-        values = {}  # row -> column -> (1 + RESAMPLES,), the mean over the seeds
+        values: dict[str, dict[str, dict[int, np.ndarray]]] = {}  # row -> column -> seed -> (1 + RESAMPLES,)
         for run in mine:
             for split, clips in splits.items():
                 for name, figure in columns(task, split).items():
                     found = figure(run["probabilities"][split], clips)
-                    values.setdefault(run["row"], {}).setdefault(name, []).append(found)
-        values = {row: {name: np.mean(v, axis=0) for name, v in table.items()} for row, table in values.items()}
+                    values.setdefault(run["row"], {}).setdefault(name, {})[run["seed"]] = found
         verdicts = said(mine, values, task) if protocol["claims"] else []
         tables[task] = {
-            "rows": {row: {n: _dict(estimate(v)) for n, v in table.items()} for row, table in values.items()},
+            "rows": {row: {n: _dict(of_seeds(v)) for n, v in table.items()} for row, table in values.items()},
             "orders": verdicts,
         }
-        text += [table_of(task, mine, values, missing, splits), order_table(verdicts)]
+        text += [table_of(task, mine, values, titles, splits), order_table(verdicts)]
     text.append(speed_table(runs, speeds))
     plain = [{key: value for key, value in run.items() if key != "probabilities"} for run in runs]
     content = {
@@ -139,21 +138,26 @@ def write_all(
         "estimates": tables,
         "speeds": speeds,
         "runs": plain,
-        "not_run": missing,
+        "titles": titles,
     }
     replace_text(out / "taggers.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     replace_text(out / "taggers.md", "\n".join(text))
     picture(out / "taggers.png", runs)
 
 
+def of_seeds(values: dict[int, np.ndarray]) -> Estimate | None:
+    """The mean over seeds."""
+    return estimate(np.mean(list(values.values()), axis=0)) if values else None
+
+
 def said(runs: list[dict], values: dict[str, dict], task: str) -> list[dict]:
-    """A verdict for each pair of ORDERS whose rows are there, by the first column."""
+    """A verdict for each pair of ORDERS whose rows are there, by the first column; differences are of common seeds."""
     verdicts = []
     for first, second, claim in ORDERS:
         if first not in values or second not in values:
             continue
-        column = next(iter(values[first]))
-        difference = estimate(values[first][column] - values[second][column])
+        one, other = (next(iter(values[name].values())) for name in (first, second))
+        difference = of_seeds({seed: one[seed] - other[seed] for seed in one if seed in other})
         sides = [[run for run in runs if run["row"] == name] for name in (first, second)]
         seeds = [sorted(run["seed"] for run in side) for side in sides]
         sign = 0 if difference is None else np.sign(difference.value)
@@ -191,20 +195,21 @@ interval of a paired bootstrap over source groups. Instruments are rendered from
 
 
 def table_of(
-    task: str, runs: list[dict], values: dict[str, dict], missing: dict[str, str], tests: Mapping[str, TagClips]
+    task: str, runs: list[dict], values: dict[str, dict], titles: dict[str, str], tests: Mapping[str, TagClips]
 ) -> str:
     """The table of one task."""
     names = [name for split in tests for name in columns(task, split)]
     sizes = [f"{split} {len(clips)} clips of {len(set(clips.groups))} groups" for split, clips in tests.items()]
-    titles = ["row", *names, "lr", "seeds"]
-    text = [f"## {task}: {', '.join(sizes)}", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    cells = ["row", *names, "lr", "seeds"]
+    text = [f"## {task}: {', '.join(sizes)}", "", f"| {' | '.join(cells)} |", "|---" * len(cells) + "|"]
     text.append(f"| chance: how often each label is set | {' | '.join(chance(task, tests))} | | |")
     for row, table in values.items():
         mine = [run for run in runs if run["row"] == row]
-        figures = " | ".join(form(estimate(table[name])) for name in names)
+        figures = " | ".join(form(of_seeds(table[name])) for name in names)
         seeds = ", ".join(str(run["seed"]) for run in mine)
         text.append(f"| {mine[0]['title']} | {figures} | {mine[0]['lr']:g} | {seeds} |")
-    text += [f"| {title} | {' | '.join(['not run'] * len(names))} | | |" for title in missing.values()]
+    absent = [title for row, title in titles.items() if row not in values]
+    text += [f"| {title} | {' | '.join(['not run'] * len(names))} | | |" for title in absent]
     return "\n".join([*text, ""])
 
 

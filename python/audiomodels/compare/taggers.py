@@ -275,10 +275,10 @@ class TaggerComparison:
             runs.sort(key=lambda run: (run["task"] != "tags", order.index(run["row"]), run["seed"]))
             tasks = dict.fromkeys(run["task"] for run in runs)
             tests = {task: {s: self.load(task, s) for s in tagger_report.TESTS[task]} for task in tasks}
-            missing = {name: rows(self.protocol)[name].title for name in self.protocol.skipped}
+            titles = {name: row.title for name, row in rows(self.protocol).items()}
             shown = [name for name in order if name in {run["row"] for run in runs}]
             speeds = self.speeds(shown, next(iter(tests[next(iter(tasks))].values())).names)
-            tagger_report.write_all(self.config.out, runs, tests, missing, asdict(self.protocol), speeds)
+            tagger_report.write_all(self.config.out, runs, tests, titles, asdict(self.protocol), speeds)
 
 
 def digest_of(clips: TagClips) -> str:
