@@ -10,7 +10,7 @@ from audiomodels import codebook as cb
 from audiomodels.audio import read_mono, write_audio
 from audiomodels.code_lm import CodeLM, CodeLMConfig, code_recordings
 from audiomodels.encoders import CodeLMEncoder, Coder, Decoder, Encoder, HuggingFaceEncoder
-from audiomodels.patch_codes import PatchCodes, PatchCodesConfig
+from audiomodels.patch_codes import PatchCodes, PatchCodesConfig, learn
 from audiomodels.pretrained import ModelError
 from audiomodels.train import Objective, TrainConfig, fit
 from audiomodels.unit_decoder import (
@@ -29,7 +29,7 @@ from audiomodels.unit_decoder import (
 )
 from audiomodels.units import Durations, DurationsConfig, Units, UnitsConfig, collapsed
 from audiomodels.wavenet import WaveNet, WaveNetConfig
-from sounds import RATE, cents_off, note, recordings
+from sounds import RATE, cents_off, note, notes, recordings
 
 PATCHES = PatchCodesConfig(n_code=12, n_fft=256, hop=128, patch_frames=1, hidden=48, n_embd=8, sample_rate=RATE)
 WAVE = WaveNetConfig(
@@ -233,6 +233,24 @@ def test_a_wavenet_sings_the_note_of_its_code(tmp_path):
     made = UnitWaveNet(wavenet).decode(torch.arange(1, 5)[:, None].expand(4, 8))
     off = [cents_off(sound, midi, seconds=0.2) for sound, midi in zip(made, coder.midis, strict=True)]
     assert max(off) < 50, off
+
+
+@pytest.mark.slow
+def test_tones_regenerated_from_codes_keep_their_pitch(tmp_path):
+    """PatchCodes -> WaveNet: 24 tones, learned codes, 95 % within 50 cents. Two minutes of one core."""
+    scale, data = range(55, 79), notes(range(55, 79))
+    torch.manual_seed(0)
+    coder = PatchCodes(PatchCodesConfig(n_code=256, n_fft=1024, hop=256, patch_frames=1, hidden=256, sample_rate=RATE))
+    learn(coder, data, settings(tmp_path / "coder", steps=500, batch=16, warmup=10))
+    coder.eval()
+    sizes = {"residual_channels": 32, "skip_channels": 64, "head_channels": 64, "condition_channels": 256}
+    wavenet = WaveNet(dataclasses.replace(WAVE, n_layer=7, dilation_cycle=7, condition_hop=256, **sizes))
+    sounds = unit_recordings(data, coder, wavenet, context=512)
+    run = settings(tmp_path / "wave", steps=700, batch=16, length=256, context=256, lr=8e-3, warmup=10)
+    fit(wavenet, ConditionedCrops(sounds, 256, batch=16, length=256, context=256), run, task=NoisyPast())
+    made = UnitWaveNet(wavenet).decode(torch.cat([coder.encode(note(midi)[None]) for midi in scale]))
+    off = [cents_off(sound, midi) for sound, midi in zip(made, scale, strict=True)]
+    assert sum(cents < 50 for cents in off) >= 0.95 * len(off), off
 
 
 def test_the_past_is_noisy_and_the_targets_are_not(coder):
