@@ -81,9 +81,15 @@ def every_clip_has_its_licence(files):
         {f"{SAMPLES}samples.json": '[{"file": "b.ogg", "license": "x", "source": "y"}]'},
     ),
     ("names no licence", {f"{SAMPLES}b.ogg": "", f"{SAMPLES}samples.json": '[{"file": "b.ogg", "source": "y"}]'}),
+    ("u/b.ogg: names no licence", {f"{SAMPLES}u/b.ogg": "", f"{SAMPLES}u/samples.json": '[{"file": "b.ogg"}]'}),
 )
 def every_sample_has_its_licence(files):
-    rows = {row["file"]: row for row in json.loads(files.get(f"{SAMPLES}samples.json", "[]"))}
+    lists = [path for path in files if path.startswith(SAMPLES) and path.endswith("samples.json")]
+    rows = {
+        f"{path.removeprefix(SAMPLES).removesuffix('samples.json')}{row['file']}": row
+        for path in lists
+        for row in json.loads(files[path])
+    }
     samples = {path.removeprefix(SAMPLES) for path in files if path.startswith(SAMPLES) and path.endswith(AUDIO)}
     yield from (f"{SAMPLES}{name} is not in samples.json" for name in sorted(samples - set(rows)))
     yield from (f"{SAMPLES}{name}: there is no such sample" for name in sorted(set(rows) - samples))

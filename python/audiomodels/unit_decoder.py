@@ -242,7 +242,7 @@ class NoisyPast(NextCode):
     then drifts. noise: largest standard deviation, in codes; each row draws its own up to it, from torch's generator.
     """
 
-    def __init__(self, n_class: int = 256, noise: float = 4.0):
+    def __init__(self, n_class: int = 256, noise: float = 6.0):
         self.n_class, self.noise = n_class, noise
 
     def batch(self, drawn: tuple[Tensor, dict], config: TrainConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

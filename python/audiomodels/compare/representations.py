@@ -52,7 +52,7 @@ class Protocol:
     batch: int  # one-second crops a step
     n_mel: int = 96  # of the VGG's spectrogram; it has the same parameters with any
     lm: dict[str, int] = field(default_factory=lambda: {"n_layer": 4, "n_head": 4, "n_embd": 64, "window": 64})
-    coder: dict[str, int] = field(default_factory=lambda: {"hidden": 128, "patch_frames": 1})
+    coder: dict[str, int] = field(default_factory=lambda: {"hidden": 64, "patch_frames": 1})
     n_code: int = 256
     most: int = 1_000_000  # sounds of a split
     least: int = 12  # recordings of a leaf label
@@ -196,9 +196,10 @@ class RepresentationComparison:
     def one(self, row: Row, seed: int) -> None:
         """Train and probe one row, unless that was done before."""
         out = self.folder / row.name / f"seed{seed}"
-        asked = {"config": asdict(row), "steps": self.protocol.steps}
+        sizes = {"lm": self.protocol.lm, "coder": self.protocol.coder}
+        asked = {"config": asdict(row), "steps": self.protocol.steps, **sizes}
         if (out / RESULT).is_file():
-            if any(read(out / RESULT)[key] != value for key, value in asked.items()):
+            if any(read(out / RESULT).get(key) != value for key, value in asked.items()):
                 raise ValueError(f"{out}: holds a run of other settings; use another --out")
             return
         lr = self.learning_rate(row) if row.family else None
@@ -261,12 +262,14 @@ class RepresentationComparison:
         coder: Coder | None, before: dict | None,
     ) -> None:  # fmt: skip
         """Train `model` as rows of its kind are trained."""
+        path = Path(run.out) / "before.json"  # for a run that is stopped after nine tenths
 
         def on_step(step: int, bits: float) -> None:
             if before is not None and step == round(0.9 * run.steps):
                 own = checkpoint.unwrap(model).eval()
-                for other in [task] if row.kind == "vgg" else next(iter(self.folds.values())).values():
-                    before[other.name] = self.probe(wrap(own), row, replace(other, test=other.dev), (None,))[0].dev
+                mine = [task] if row.kind == "vgg" else list(next(iter(self.folds.values())).values())
+                dev = [self.probe(wrap(own), row, replace(other, test=other.dev), (None,))[0].dev for other in mine]
+                write(path, {other.name: score for other, score in zip(mine, dev, strict=True)})
                 model.train()
 
         if row.kind == "vgg":
@@ -279,6 +282,8 @@ class RepresentationComparison:
             streams, run = code_recordings(sound, coder), replace(run, length=RATE // coder.hop)
             crops = Crops(streams, batch=run.batch, length=run.length, context=0, seed=run.seed)
             fit(model, crops, run, on_step=on_step)
+        if before is not None and path.is_file():
+            before |= read(path)
 
     def coder(self, row: Row, seed: int, sound: Recordings) -> PatchCodes:
         """The codes of a row, learned once for all rows of the seed that share them; one autoencoder for any number."""
