@@ -201,7 +201,7 @@ def picture(path: Path, tables: dict[str, dict], runs: list[dict], shots: list[i
         axis.set_xticks(range(len(shots)), ["all" if s is None else str(s) for s in shots])
         axis.set(xlabel="labels a class", ylim=(0, None))
         if column == 0:
-            axis.legend(fontsize=8, frameon=False)
+            axis.legend(fontsize=8, frameon=False, loc="upper left")
     temp = path.with_name(f".{path.name}")
     fig.savefig(temp)
     os.replace(temp, path)
