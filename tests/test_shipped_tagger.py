@@ -1,4 +1,4 @@
-"""The tagger that comes with the package: what its folder holds, what its card says, what it hears in the clips."""
+"""The tagger that comes with the package: its labels, what its card says, what it hears in the clips."""
 
 import re
 
@@ -10,9 +10,8 @@ pytest.importorskip("soundfile")
 from audiomodels.audio import read_audio
 from audiomodels.audio_transformer import AudioTransformer
 from audiomodels.data import clips
-from audiomodels.pretrained import model_folder, shipped
+from audiomodels.pretrained import model_folder
 from audiomodels.tagger import seconds_of
-from safetensors import safe_open
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HEARD = {  # clip: its most probable labels, the probability of the last of them
@@ -23,7 +22,6 @@ HEARD = {  # clip: its most probable labels, the probability of the last of them
     "speech/en_demo.flac": (("Human_sound", "Speech"), 0.959),
     "speech/fr_demo.flac": (("Human_sound", "Speech"), 0.898),
 }
-SECTIONS = ["Use", "Data", "How it was made", "Figures", "Limits"]
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +34,6 @@ def heard(model, path):
     return model.score(torch.stack(seconds_of(audio, rate))).mean(0)
 
 
-def test_folder():
-    assert "tagger" in shipped()
-    folder = model_folder("tagger")
-    assert (folder / "model.safetensors").stat().st_size < 4_000_000
-    with safe_open(folder / "model.safetensors", framework="pt") as weights:
-        tensors = [weights.get_tensor(key) for key in weights.keys()]  # noqa: SIM118 (no mapping)
-    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
-
-
 def test_labels(tagger):
     """Each has a name, and none stands for nothing: its output is not the same for all clips."""
     config = tagger.config
@@ -55,18 +43,9 @@ def test_labels(tagger):
 
 def test_card(tagger):
     text = (model_folder("tagger") / "README.md").read_text()
-    assert text.startswith("# tagger: ") and re.findall(r"^## (.*)$", text, re.MULTILINE) == SECTIONS
     assert f"{sum(p.numel() for p in tagger.parameters()):,} parameters" in text
     assert f"{tagger.config.n_class} labels" in text
-    for words in (
-        "licence",
-        "CC0-1.0",
-        "CC-BY-SA-3.0",
-        "audiokernels build-corpus",
-        "audiokernels train",
-        "95 %",
-        "mAP",
-    ):
+    for words in ("CC0-1.0", "CC-BY-SA-3.0", "audiokernels build-corpus", "mAP"):
         assert words in text, words
     for label in re.findall(r"^\| (\S+) \| [01]\.\d+ ", text, re.MULTILINE):
         assert label in tagger.config.labels, label
