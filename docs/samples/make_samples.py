@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from audiomodels import features, plots, quantize
+from audiomodels import features, plots, quantize, textless
 from audiomodels._optional import require
 from audiomodels.audio import read_audio
 from audiomodels.data import rows_of
@@ -53,7 +53,7 @@ class Continuation:
 
 def continuations() -> list[Continuation]:
     """The rows of the page below the original."""
-    return [of_model(name, temperature) for name, temperature in MODELS.items()]
+    return [*(of_model(name, temperature) for name, temperature in MODELS.items()), of_units("piano-units")]
 
 
 def of_model(name: str, temperature: float) -> Continuation:
@@ -68,6 +68,19 @@ def of_model(name: str, temperature: float) -> Continuation:
         return quantize.decode(model.generate(SECONDS * RATE, quantize.encode(prompt, *kind), **options)[0], *kind)
 
     return Continuation(name, f"{title(name)}, temperature {temperature:g}", play)
+
+
+def of_units(name: str) -> Continuation:
+    """A shipped coder with its language model, at the coder's own rate; resampled both ways."""
+    models, soxr = textless.load(name), require("soxr")
+    rate = models.coder.sample_rate
+
+    def play(prompt: Tensor, seed: int) -> Tensor:
+        heard = torch.from_numpy(soxr.resample(prompt.numpy(), RATE, rate))
+        made = textless.continue_sound(models, heard, SECONDS, seed=seed)[-SECONDS * rate :]
+        return torch.from_numpy(soxr.resample(made.numpy(), rate, RATE))[: SECONDS * RATE]
+
+    return Continuation(name, f"{title(name)}; {rate:,} Hz", play)
 
 
 # --- what can be measured -----------------------------------------------------------------------------------------
@@ -219,9 +232,9 @@ def page(rows: list[dict], titles: dict[str, str]) -> str:
 <title>audiokernels: samples</title><style>{STYLE}</style></head><body>
 <h1>The same beginnings, continued</h1>
 <p>Each sound begins with {PROMPT} s of a rendered piano piece of the corpus's test split, which no model has seen; the
-next {SECONDS} s, right of the white line, are the piece's own, or drawn sample by sample ({RATE:,} a second, 256 mu-law
-levels). The seeds are {", ".join(map(str, SEEDS))}; pieces and seeds were fixed before the first sound
-was made, and none was left out. The temperature of each model is, of 0.8, 0.9 and 1, the one whose average spectrum
+next {SECONDS} s, right of the white line, are the piece's own, or drawn: sample by sample ({RATE:,} a second, 256 mu-law
+levels), or, by piano-units, as codes of patches of a spectrogram, which is then turned into sound. The seeds are {", ".join(map(str, SEEDS))}; pieces and seeds were fixed before the first sound
+was made, and none was left out. The temperature of piano-units is 1, that of the others, of 0.8, 0.9 and 1, the one whose average spectrum
 came nearest to the original's on one piece of the split dev.</p>
 <p><strong>How good it is, as far as it can be measured.</strong> Level: root mean square of the continuation, dB of
 full scale. Distance: RMS difference between the average mel spectra of the continuation and of the piece's own, over 80
