@@ -233,9 +233,10 @@ def page(rows: list[dict], titles: dict[str, str]) -> str:
 <h1>The same beginnings, continued</h1>
 <p>Each sound begins with {PROMPT} s of a rendered piano piece of the corpus's test split, which no model has seen; the
 next {SECONDS} s, right of the white line, are the piece's own, or drawn: sample by sample ({RATE:,} a second, 256 mu-law
-levels), or, by piano-units, as codes of patches of a spectrogram, which is then turned into sound. The seeds are {", ".join(map(str, SEEDS))}; pieces and seeds were fixed before the first sound
-was made, and none was left out. The temperature of piano-units is 1, that of the others, of 0.8, 0.9 and 1, the one whose average spectrum
-came nearest to the original's on one piece of the split dev.</p>
+levels), or, by piano-units, as codes of patches of a spectrogram, which is then turned into sound. The seeds are
+{", ".join(map(str, SEEDS))}; pieces and seeds were fixed before the first sound was made, and none was left out. The
+temperature of piano-units is 1, that of the others, of 0.8, 0.9 and 1, the one whose average spectrum came nearest to the
+original's on one piece of the split dev.</p>
 <p><strong>How good it is, as far as it can be measured.</strong> Level: root mean square of the continuation, dB of
 full scale. Distance: RMS difference between the average mel spectra of the continuation and of the piece's own, over 80
 bands, levels more than {FLOOR_DB:g} dB below the loudest band counted as that; for the original, between its first
@@ -245,9 +246,10 @@ number more tonal. Means and ranges over the sounds of this page:</p>
 <p>So, in these figures and in the pictures: the continuations have the level and the average spectrum of a piano, the
 WaveNet's also attacks and decays, but they are coloured noise rather than notes. The harmonics, the horizontal lines of
 the prompt, end at the white line, and the flatness says the same; the distance compares averages over time and cannot
-see it. The models are small (they see a fifth of a second) and were trained for about a quarter of an hour of one
-processor core. Bits per sample with intervals, and what else they cannot do, stand in their cards,
-<code>python/audiomodels/checkpoints/</code>.
+see it. Only piano-units goes on with such lines; it has nothing above 4 kHz, so its distance and flatness are not to be
+compared with the others'. The models are small (the generators see a fifth of a second) and were trained for about a
+quarter of an hour of one processor core. Bits per sample with intervals, and what else they cannot do, stand in their
+cards, <code>python/audiomodels/checkpoints/</code>.
 Files are Ogg Vorbis; <code>samples.json</code> lists the source and licence of every one.
 <code>python docs/samples/make_samples.py CORPUS</code> makes this page; one of the sounds again, as WAV:
 <code>audiokernels generate piano --prompt PROMPT.wav --seconds {SECONDS} --seed 0 --dtype bf16</code>.</p>
