@@ -232,11 +232,11 @@ def page(rows: list[dict], titles: dict[str, str]) -> str:
 <title>audiokernels: samples</title><style>{STYLE}</style></head><body>
 <h1>The same beginnings, continued</h1>
 <p>Each sound begins with {PROMPT} s of a rendered piano piece of the corpus's test split, which no model has seen; the
-next {SECONDS} s, right of the white line, are the piece's own, or drawn: sample by sample ({RATE:,} a second, 256 mu-law
+next {SECONDS} s, right of the white line, are the piece's own or drawn: sample by sample ({RATE:,} a second, 256 mu-law
 levels), or, by piano-units, as codes of patches of a spectrogram, which is then turned into sound. The seeds are
 {", ".join(map(str, SEEDS))}; pieces and seeds were fixed before the first sound was made, and none was left out. The
-temperature of piano-units is 1, that of the others, of 0.8, 0.9 and 1, the one whose average spectrum came nearest to the
-original's on one piece of the split dev.</p>
+temperature of piano-units is 1, that of the others, of 0.8, 0.9 and 1, the one whose average spectrum came nearest to
+the original's on one piece of the split dev.</p>
 <p><strong>How good it is, as far as it can be measured.</strong> Level: root mean square of the continuation, dB of
 full scale. Distance: RMS difference between the average mel spectra of the continuation and of the piece's own, over 80
 bands, levels more than {FLOOR_DB:g} dB below the loudest band counted as that; for the original, between its first
