@@ -236,12 +236,16 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 
 
 @needs_bash
-def test_on_gpu_dry_run_names_every_room():
-    command = ["bash", BENCHMARKS / "on_gpu.sh", "--dry-run", "--no-build"]
+@pytest.mark.parametrize(
+    "names", [pytest.param(("dilated_conv_update",), id="one"), pytest.param(NAMES, id="all", marks=pytest.mark.slow)]
+)
+def test_on_gpu_dry_run_names_every_room(names):
+    only = ["--only", names[0]] if len(names) == 1 else []
+    command = ["bash", BENCHMARKS / "on_gpu.sh", "--dry-run", "--no-build", *only]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280,
                             env={**os.environ, "PYTHON": sys.executable, "OUT": ""})  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    for name in NAMES:
+    for name in names:
         assert re.search(rf"^{name}: benchmark +needs a GPU", result.stdout, re.MULTILINE), result.stdout
         assert re.search(rf"^{name}: benchmark loads +ok", result.stdout, re.MULTILINE)
     assert "would run: env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck" in result.stdout
