@@ -372,6 +372,8 @@ def draw_report(path: Path, results: Results, history: History, sounds: dict[str
 
     axis = fig.add_subplot(grid[3, :])
     axis.axis("off")
-    axis.text(0, 1, "\n".join(summary(results)), va="top", fontsize=9, color="#b02a2a" if results.failures else "black")
+    color = "#b02a2a" if results.failures else "black"
+    text = axis.text(0, 1, "\n".join(summary(results)), va="top", fontsize=9, color=color)
+    text.set_in_layout(False)  # a long line must not squeeze the panels
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path)
