@@ -36,9 +36,8 @@ def fsd50k(folder, rate=16000, dev=12, test=6):
     return folder
 
 
-def corpus(folder, rate=16000):
-    """The corpus's layout with tags, tags_src and pitch, a few seconds in all."""
-    rows = []
+def clip_writer(folder, rate, rows):
+    """add(part, split, name, audio, labels, source): writes a clip of the corpus's layout and lists it in rows."""
 
     def add(part, split, name, audio, labels, source):
         path = f"{part}/{split}/{name}.flac"
@@ -46,6 +45,13 @@ def corpus(folder, rate=16000):
         write_audio(folder / path, audio, rate)
         rows.append({"path": path, "part": part, "split": split, "labels": labels, "source": source})
 
+    return add
+
+
+def corpus(folder, rate=16000):
+    """The corpus's layout with tags, tags_src and pitch, a few seconds in all."""
+    rows = []
+    add = clip_writer(folder, rate, rows)
     for i in range(6):
         source = f"sounds:bank/{'abcdef'[i]}{'abcdef'[i]}.wav"
         labels = [VOCABULARY[i % 3]] + ["Unheard"] * (i == 5)

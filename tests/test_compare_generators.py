@@ -17,6 +17,7 @@ from audiomodels.compare import generator_data, generator_report, generator_rows
 from audiomodels.compare.generator_report import Line, verdict
 from audiomodels.compare.generator_rows import PROTOCOLS
 from audiomodels.compare.generators import CompareConfig, Comparison
+from audiomodels.compare.runs import LEARNING_RATES
 from audiomodels.data import Recording, Recordings, voice_sides
 from audiomodels.train import TrainingError, evaluate
 from audiomodels.wavenet import WaveNet, WaveNetConfig
@@ -325,7 +326,7 @@ def test_results_hold_what_a_claim_needs(done):
     runs = results(done)
     assert sorted(runs) == ["samplernn", "wavenet10"]
     run = runs["wavenet10"]
-    assert run["targets"] == 2560 and run["steps"] == 10 and run["lr"] in generator_rows.LEARNING_RATES
+    assert run["targets"] == 2560 and run["steps"] == 10 and run["lr"] in LEARNING_RATES
     assert [point["targets"] for point in run["curve"]] == [256 * (i + 1) for i in range(10)]
     assert 0 < run["curve"][0]["seconds"] < run["curve"][-1]["seconds"] == run["training_seconds"]
     assert run["bits"]["low"] <= run["bits"]["value"] <= run["bits"]["high"]

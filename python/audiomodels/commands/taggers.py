@@ -15,6 +15,7 @@ from audiomodels._optional import require
 from audiomodels.audio import read_audio
 from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
 from audiomodels.cnn import CNN, CNNConfig
+from audiomodels.commands.arguments import AudioFile, Data
 from audiomodels.compare.taggers import CompareTaggersConfig, TaggerComparison
 from audiomodels.data import clips, rows_of
 from audiomodels.registry import load
@@ -25,9 +26,7 @@ from audiomodels.train import TrainConfig, fit
 
 tyro = require("tyro")
 Files = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE...")]
-AudioFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
 Models = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL...")]
-Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 TAGGERS: dict[str, type[Tagger]] = {"audio_transformer": AudioTransformer, "cnn": CNN}
 

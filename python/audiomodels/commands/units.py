@@ -7,6 +7,7 @@ from typing import Annotated
 from audiomodels import textless
 from audiomodels._optional import require
 from audiomodels.audio import read_mono, write_audio
+from audiomodels.commands.arguments import AudioFile, Data, Name, Out, check_seconds, check_sound_file
 from audiomodels.compare.representations import CompareRepresentationsConfig, RepresentationComparison
 from audiomodels.data import Recordings
 
@@ -21,9 +22,9 @@ class TrainUnits:
     and the checkpoints of their training; the same command again goes on where it was stopped.
     """
 
-    data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]  # folder, manifest.jsonl or audio file
+    data: Data  # folder, manifest.jsonl or audio file
     training: Annotated[textless.UnitTraining, tyro.conf.arg(name="")]
-    part: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None  # a part of the manifest, for example speech
+    part: Name = None  # a part of the manifest, for example speech
 
     def run(self) -> None:
         if not self.data.exists():
@@ -43,20 +44,18 @@ class TrainUnits:
 class Continue:
     """Continue a recording: the sound, and what follows, by the shipped models of piano or those of `train-units`."""
 
-    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]  # audio file to continue
+    file: AudioFile  # audio file to continue
     models: Path = Path("piano-units")  # name of shipped models, or folder that train-units wrote
     seconds: float = 5.0  # of new sound
-    out: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = Path("out.wav")  # .wav or .flac
+    out: Out = Path("out.wav")  # .wav or .flac
     temperature: float = 1.0  # 0: always the most probable unit and sample
     top_k: int | None = None  # draw only from so many most probable ones
     top_p: float | None = None  # draw only from the fewest most probable ones that hold this share, for example 0.9
     seed: int = 0  # of the draws
 
     def run(self) -> None:
-        if not 0 < self.seconds <= 3600:
-            raise ValueError(f"--seconds must be above 0 and at most 3600, got {self.seconds:g}")
-        if self.out.suffix.lower() not in (".wav", ".flac"):
-            raise ValueError(f"--out must end in .wav or .flac, got {self.out}")
+        check_seconds(self.seconds)
+        check_sound_file(self.out)
         models = textless.load(self.models)
         audio, _ = read_mono(self.file, sample_rate=models.coder.sample_rate)
         sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}

@@ -17,7 +17,6 @@ from audiomodels.sample_transformer import SampleTransformerConfig
 from audiomodels.wavenet import WaveNetConfig
 
 MODELS = {kind.config_class: kind for kind in GENERATORS.values()}
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,11 @@ its result.json. After each the tables are written again: generators.json, gener
 
 import json
 import logging
-import os
-import platform
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,13 +22,13 @@ from audiomodels import checkpoint
 from audiomodels.compare import generator_report, generator_rows
 from audiomodels.compare.bootstrap import Units
 from audiomodels.compare.generator_data import Data, load
-from audiomodels.compare.generator_rows import LEARNING_RATES, PROTOCOLS, Row
+from audiomodels.compare.generator_rows import PROTOCOLS, Row
+from audiomodels.compare.runs import RESULT, choose_learning_rate, device_of, environment, is_done, read, write
 from audiomodels.compare.score import measured, model_units, position_bits, total, trivial_units
 from audiomodels.data import Crops
 from audiomodels.train import History, Scores, TrainConfig, TrainingError, cross_entropy, fit, predict
 
 logger = logging.getLogger(__name__)
-RESULT = "result.json"
 
 
 @dataclass
@@ -77,8 +73,7 @@ class Comparison:
         hours = config.budget_hours
         self.deadline = None if hours is None else time.monotonic() + 3600 * hours
         self.loaded: tuple = (None, None)
-        name = config.device
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        self.device = device_of(config.device)
         if config.targets is not None:
             self.protocol = replace(self.protocol, targets=config.targets)
 
@@ -138,10 +133,7 @@ class Comparison:
         """Train and score one row; False if that was done before."""
         out = self.folder(part, companding) / row.name / f"seed{seed}"
         asked = {"config": described(row), "targets": self.targets}
-        if (out / RESULT).is_file():
-            found = read(out / RESULT)
-            if any(found[key] != value for key, value in asked.items()):
-                raise ValueError(f"{out}: holds a run of other settings; use another --out")
+        if is_done(out, asked):
             return False
         data, protocol = self.load(part, companding), self.protocol
         lr = self.learning_rate(row.family, part, companding)
@@ -175,7 +167,7 @@ class Comparison:
             "positions": positions,
             "test": test,
             "data": data.facts,
-            **self.environment(),
+            **environment(self.device, self.protocol),
         }
         checkpoint.unwrap(model).save_pretrained(out / "model")
         write(out / RESULT, record)
@@ -277,27 +269,20 @@ class Comparison:
     # --- what surrounds the runs --------------------------------------------------------------------------------------
 
     def learning_rate(self, family: str, part: str, companding: str) -> float:
-        """Of LEARNING_RATES the best for the family's first row, on dev, at a tenth of the steps."""
-        path = self.folder(part, companding) / "learning_rates.json"
-        known = read(path) if path.is_file() else {}
-        tried = known.setdefault(f"{family} at {self.targets}", {})
+        """The best for the family's first row, on dev, at a tenth of the targets."""
         row = next(row for row in generator_rows.rows(self.protocol, companding).values() if row.family == family)
-        for lr in LEARNING_RATES:
-            if f"{lr:g}" not in tried:
-                out, data = path.parent / f"lr-{family}-{self.targets}-{lr:g}", self.load(part, companding)
-                print(f"{part} {companding}: {row.title}, learning rate {lr:g} on a tenth of the targets", flush=True)
-                try:
-                    _, _, curve, _ = self.train(row, data, out, 0, lr, max(1, self.steps // 10))
-                    tried[f"{lr:g}"] = curve[-1]["bits"]
-                except TrainingError as error:
-                    print(f"learning rate {lr:g}: {error}")
-                    tried[f"{lr:g}"] = None
-                write(path, known)
-                shutil.rmtree(out)
-        ended = {lr: bits for lr, bits in tried.items() if bits is not None}
-        if not ended:
-            raise TrainingError(f"{row.name} diverges at every learning rate of {', '.join(tried)}")
-        return float(min(ended, key=lambda lr: ended[lr]))
+
+        def bits(lr: float, out: Path) -> float | None:
+            data = self.load(part, companding)
+            try:
+                _, _, curve, _ = self.train(row, data, out, 0, lr, max(1, self.steps // 10))
+            except TrainingError as error:
+                print(f"learning rate {lr:g}: {error}")
+                return None
+            return curve[-1]["bits"]
+
+        where = f"{part} {companding}: "
+        return choose_learning_rate(self.folder(part, companding), row, self.targets, bits, min, where)
 
     def trivial(self, part: str, companding: str) -> None:
         """Score the trivial predictors, once."""
@@ -307,14 +292,16 @@ class Comparison:
         data, protocol = self.load(part, companding), self.protocol
         print(f"{part} {companding}: trivial predictors", flush=True)
         units = trivial_units(data.train, data.test, sight=protocol.sight, max_targets=protocol.test_targets)
-        write(path, {"part": part, "companding": companding, "test": units, "data": data.facts, **self.environment()})
+        record = {"part": part, "companding": companding, "test": units, "data": data.facts}
+        write(path, record | environment(self.device, self.protocol))
 
     def speed(self, row: Row) -> None:
         """Time and memory of a row, alone, once; nothing else of this command runs meanwhile."""
         path = self.config.out / "runs" / f"{self.protocol.name}-speed" / f"{row.name}.json"
         if not path.is_file():
             self.check_time()
-            write(path, {"row": row.name, "config": described(row), **self.speeds(row), **self.environment()})
+            record = {"row": row.name, "config": described(row), **self.speeds(row)}
+            write(path, record | environment(self.device, self.protocol))
 
     def speeds(self, row: Row) -> dict[str, float]:
         """Median ms of a training step and of a generated sample (batch 1), bytes kept for a backward pass."""
@@ -406,11 +393,6 @@ class Comparison:
         self.wait()
         return (time.perf_counter() - began) / (max(1, steps) * targets.numel())
 
-    def environment(self) -> dict[str, Any]:
-        """Where and with what a run was made."""
-        return {"commit": commit(), "device": device_name(self.device), "threads": torch.get_num_threads(),
-                "torch": torch.__version__, "protocol": asdict(self.protocol)}  # fmt: skip
-
     def report(self) -> None:
         """Write generators.json, generators.md and generators.png from all results below OUT/runs."""
         found = self.config.out / "runs"
@@ -426,42 +408,6 @@ class Comparison:
 def described(row: Row) -> dict[str, Any]:
     """A row's settings as JSON holds them."""
     return json.loads(json.dumps({**asdict(row.config), "shuffled": row.shuffled, "share": row.share}))
-
-
-def read(path: Path) -> Any:
-    """A JSON file."""
-    return json.loads(path.read_text())
-
-
-def write(path: Path, value: Any) -> None:
-    """A JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}")
-    temp.write_text(json.dumps(value, allow_nan=False, indent=1))
-    os.replace(temp, path)
-
-
-@lru_cache(maxsize=1)
-def commit() -> str:
-    """The commit of this checkout, "+" where files differ from it; "" where this is no checkout."""
-    if shutil.which("git") is None:
-        return ""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-
-
-def device_name(device: str) -> str:
-    """The processor's or the GPU's name."""
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def reproduce(

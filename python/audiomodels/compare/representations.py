@@ -25,9 +25,8 @@ from audiomodels.cnn import CNN, CNNConfig
 from audiomodels.code_lm import CodeLM, CodeLMConfig, code_recordings
 from audiomodels.codebook import name_of
 from audiomodels.compare import representation_report as report
-from audiomodels.compare.generator_rows import LEARNING_RATES
-from audiomodels.compare.generators import RESULT, commit, device_name, read, write
 from audiomodels.compare.representation_data import Task, noisy, tasks, unlabelled
+from audiomodels.compare.runs import RESULT, choose_learning_rate, device_of, environment, is_done, read, write
 from audiomodels.compare.taggers import digest_of
 from audiomodels.data import Crops, Recordings
 from audiomodels.encoders import CodeLMEncoder, Coder, Encoder, VGGEncoder
@@ -158,8 +157,7 @@ class RepresentationComparison:
     def __init__(self, config: CompareRepresentationsConfig) -> None:
         self.config, protocol = config, PROTOCOLS[config.protocol]
         self.protocol = replace(protocol, steps=config.steps or protocol.steps)
-        name = config.device
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        self.device = device_of(config.device)
         self.began, self.folds = time.monotonic(), {}
 
     def run(self) -> None:
@@ -198,9 +196,7 @@ class RepresentationComparison:
         out = self.folder / row.name / f"seed{seed}"
         sizes = {"lm": self.protocol.lm, "coder": self.protocol.coder}
         asked = {"config": asdict(row), "steps": self.protocol.steps, **sizes}
-        if (out / RESULT).is_file():
-            if any(read(out / RESULT).get(key) != value for key, value in asked.items()):
-                raise ValueError(f"{out}: holds a run of other settings; use another --out")
+        if is_done(out, asked):
             return
         lr = self.learning_rate(row) if row.family else None
         print(f"{row.title}, seed {seed}" + (f", lr {lr:g}" if lr else ""), flush=True)
@@ -226,8 +222,7 @@ class RepresentationComparison:
             "learning_seconds": learned, "seconds": time.perf_counter() - began,
             "data": {name: {split: digest_of(getattr(task, split)) for split in ("train", "dev", "test")}
                      for name, task in self.tasks(seed).items()},
-            "commit": commit(), "device": device_name(self.device), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "protocol": asdict(self.protocol),
+            **environment(self.device, self.protocol),
         })  # fmt: skip
         shutil.rmtree(out / "training", ignore_errors=True)
         self.report()
@@ -333,20 +328,16 @@ class RepresentationComparison:
         return found
 
     def learning_rate(self, row: Row) -> float:
-        """Of LEARNING_RATES the best on dev of the sources for the family's first row, at a tenth of the steps."""
-        path = self.folder / "learning_rates.json"
-        known = read(path) if path.is_file() else {}
-        tried = known.setdefault(f"{row.family} at {self.protocol.steps}", {})
+        """The best on dev of the sources for the family's first row, at a tenth of the steps."""
         first, steps = next(r for r in rows(self.protocol).values() if r.family == row.family), self.protocol.steps
-        for lr in LEARNING_RATES:
-            if f"{lr:g}" not in tried:
-                print(f"{first.title}, learning rate {lr:g} on a tenth of the steps", flush=True)
-                task, out = self.tasks(self.config.seeds[0])["sources"], self.folder / f"lr-{row.family}-{lr:g}"
-                encoder = self.encoder(first, self.config.seeds[0], task, lr, out, max(1, steps // 10))
-                tried[f"{lr:g}"] = self.probe(encoder, first, replace(task, test=task.dev), (None,))[0].dev
-                write(path, known)
-                shutil.rmtree(out)
-        return float(max(tried, key=lambda lr: tried[lr]))
+        seed = self.config.seeds[0]
+
+        def accuracy(lr: float, out: Path) -> float:
+            task = self.tasks(seed)["sources"]
+            encoder = self.encoder(first, seed, task, lr, out, max(1, steps // 10))
+            return self.probe(encoder, first, replace(task, test=task.dev), (None,))[0].dev
+
+        return choose_learning_rate(self.folder, first, steps, accuracy, max)
 
     def report(self) -> None:
         """Write representations.json, .md and .png from all results below OUT/runs."""

@@ -22,8 +22,16 @@ from audiomodels import checkpoint
 from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
 from audiomodels.cnn import CNN, CNNConfig
 from audiomodels.compare import tagger_report
-from audiomodels.compare.generator_rows import LEARNING_RATES
-from audiomodels.compare.generators import RESULT, commit, device_name, read, write
+from audiomodels.compare.runs import (
+    RESULT,
+    choose_learning_rate,
+    device_name,
+    device_of,
+    environment,
+    is_done,
+    read,
+    write,
+)
 from audiomodels.tag_data import TagClips, training_data
 from audiomodels.tagger import Tagger, TaggerConfig
 from audiomodels.tagging import Tagging, TagScores, score_clips, tag_scores
@@ -122,8 +130,7 @@ class TaggerComparison:
         self.config, protocol = config, PROTOCOLS[config.protocol]
         steps = protocol.steps if config.steps is None else config.steps
         self.protocol = replace(protocol, steps=max(1, round(steps / protocol.checkpoints)) * protocol.checkpoints)
-        name = config.device
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        self.device = device_of(config.device)
         self.began, self.held = time.monotonic(), {}
 
     def run(self) -> None:
@@ -164,9 +171,7 @@ class TaggerComparison:
         """Train and score one row, unless that was done before."""
         out = self.folder(task) / row.name / f"seed{seed}"
         asked = {"config": _plain(row.config), "steps": self.protocol.steps}
-        if (out / RESULT).is_file():
-            if any(read(out / RESULT)[key] != value for key, value in asked.items()):
-                raise ValueError(f"{out}: holds a run of other settings; use another --out")
+        if is_done(out, asked):
             return
         lr = self.learning_rate(row.family, task)
         print(f"{task}: {row.title}, seed {seed}, lr {lr:g}", flush=True)
@@ -182,8 +187,7 @@ class TaggerComparison:
             "parameters": sum(p.numel() for p in model.parameters()),
             "test": {split: _plain(tag_scores(p, tests[split].labels)) for split, p in probabilities.items()},
             "data": {"train": digest, **{split: digest_of(clips) for split, clips in tests.items()}},
-            "commit": commit(), "device": device_name(self.device), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "protocol": asdict(self.protocol),
+            **environment(self.device, self.protocol),
         })  # fmt: skip
         shutil.rmtree(out / "training")
 
@@ -213,20 +217,14 @@ class TaggerComparison:
         return checkpoint.unwrap(model), curve, seconds, digest_of(clips)
 
     def learning_rate(self, family: str, task: str) -> float:
-        """Of LEARNING_RATES the best mAP on dev for the family's first row, at a tenth of the steps."""
-        path = self.folder(task) / "learning_rates.json"
-        known = read(path) if path.is_file() else {}
-        tried = known.setdefault(f"{family} at {self.protocol.steps}", {})
+        """The best mAP on dev for the family's first row, at a tenth of the steps."""
         row = next(row for row in rows(self.protocol).values() if row.family == family)
-        for lr in LEARNING_RATES:
-            if f"{lr:g}" not in tried:
-                print(f"{task}: {row.title}, learning rate {lr:g} on a tenth of the steps", flush=True)
-                out = path.parent / f"lr-{family}-{self.protocol.steps}-{lr:g}"
-                _, curve, _, _ = self.train(row, task, out, 0, lr, max(1, self.protocol.steps // 10))
-                tried[f"{lr:g}"] = curve[-1]["mean_ap"] or 0.0
-                write(path, known)
-                shutil.rmtree(out)
-        return float(max(tried, key=lambda lr: tried[lr]))
+
+        def mean_ap(lr: float, out: Path) -> float:
+            _, curve, _, _ = self.train(row, task, out, 0, lr, max(1, self.protocol.steps // 10))
+            return curve[-1]["mean_ap"] or 0.0
+
+        return choose_learning_rate(self.folder(task), row, self.protocol.steps, mean_ap, max, f"{task}: ")
 
     def speeds(self, names: list[str], labels: tuple[str, ...]) -> dict[str, dict]:
         """For each row FLOPs of a crop forward, and crops a second of training: the median of five, rows in turn.
