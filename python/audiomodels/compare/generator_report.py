@@ -6,7 +6,6 @@ else is "not separated", or why nothing can be said.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from audiomodels import plots
 from audiomodels.compare import bootstrap
 from audiomodels.compare.bootstrap import TOP1, TOP5, Estimate, Units
 from audiomodels.compare.generator_rows import Protocol
+from audiomodels.compare.report import SEEDS_FOR_AN_ORDER, SMOKE, form, replace_picture, replace_text
 
-SEEDS_FOR_AN_ORDER = 3
 FLOOR = "lpc64"
 # (row, the row that the paper, or the control, puts behind it, what that would say)
 ORDERS = (
@@ -66,7 +65,7 @@ class Verdict:
 
 
 def write_all(out: Path, found: dict[str, Any], protocol: Protocol) -> None:
-    """found: "rows", "trivial" (lists of results) and "speed" (row -> result), as compare.py leaves them."""
+    """found: "rows", "trivial" (lists of results) and "speed" (row -> result), as generators.py leaves them."""
     kinds = list(dict.fromkeys((t["part"], t["companding"]) for t in [*found["trivial"], *found["rows"]]))
     tables = {kind: lines_of(found, *kind) for kind in kinds}
     verdicts = {kind: list(orders(table, protocol)) for kind, table in tables.items()}
@@ -174,16 +173,13 @@ def settled(a: Line, b: Line, seeds: list[int], difference: float) -> bool:
 
 def head(protocol: Protocol) -> str:
     """What is common to all tables."""
-    smoke = (
-        "" if protocol.claims else "\nThis protocol tests the plumbing. Its figures mean nothing; no order is given.\n"
-    )
     return f"""# Generators: next-sample prediction
 
 Protocol "{protocol.name}", {protocol.sample_rate:,} Hz, 256 classes. Written by `audiokernels compare-generators`; what
 the columns mean stands in docs/comparison.md. Bits per sample of the test split, mean over seeds, with the 95 %
 interval of a bootstrap over pieces (piano) or utterances (speech); every target has at least {protocol.sight:,} real
 samples before it. Piano is rendered: scores played through a sampled grand.
-{smoke}"""
+{"" if protocol.claims else SMOKE}"""
 
 
 def table_of(kind: tuple[str, str], lines: list[Line], found: dict[str, Any], protocol: Protocol) -> str:
@@ -254,14 +250,6 @@ def speeds(found: dict[str, dict]) -> str:
     return "\n".join(text)
 
 
-def form(estimate: Estimate | None, *, sign: bool = False) -> str:
-    """ "3.204 [3.101, 3.310]"."""
-    if estimate is None:
-        return "-"
-    plus = "+" if sign else ""
-    return f"{estimate.value:{plus}.3f} [{estimate.low:{plus}.3f}, {estimate.high:{plus}.3f}]"
-
-
 def hits(units: Units, column: int) -> str:
     """An accuracy in per cent with its interval."""
     e = bootstrap.accuracy(units, column)
@@ -287,18 +275,8 @@ def picture(path: Path, tables: dict[tuple, list[Line]], found: dict[str, Any], 
             axis = plots.add(fig, grid[row, column], f"{what}: bits per sample on dev")
             curves = {line.title: [_points(run, axis_of, scale) for run in line.runs] for line in lines}
             plots.curves(axis, curves, unit, lines={} if floor is None else {"LPC-64 (test)": floor})
-    temp = path.with_name(f".{path.name}")
-    fig.savefig(temp)
-    os.replace(temp, path)
+    replace_picture(path, fig)
 
 
 def _points(run: dict, axis: str, scale: float) -> tuple[list[float], list[float]]:
     return [point[axis] / scale for point in run["curve"]], [point["bits"] for point in run["curve"]]
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}")
-    temp.write_text(text)
-    os.replace(temp, path)

@@ -7,7 +7,6 @@ same three seeds or more, the interval of the paired difference excludes 0, and 
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from audiomodels import plots
 from audiomodels.compare.bootstrap import Estimate
-from audiomodels.compare.generator_report import SEEDS_FOR_AN_ORDER, form, replace_text
+from audiomodels.compare.report import SEEDS_FOR_AN_ORDER, SMOKE, form, plain, replace_picture, replace_text
 from audiomodels.compare.representation_data import Task
 from audiomodels.compare.tagger_report import estimate, group_weights, map_values
 from audiomodels.probe import ProbeScore
@@ -74,13 +73,13 @@ def write_all(out: Path, runs: list[dict], protocol: dict[str, Any]) -> None:
     text = [head(protocol, runs)]
     text += [table_of(task, table, runs, shots) for task, table in tables.items()]
     text += [order_table(verdicts), noise_table(runs)]
-    plain = [{key: value for key, value in run.items() if key != "found"} for run in runs]
+    unscored = [{key: value for key, value in run.items() if key != "found"} for run in runs]
     estimates = {
-        task: {row: {str(s): _dict(e) for s, e in zip(shots, found, strict=True)} for row, found in table.items()}
+        task: {row: {str(s): plain(e) for s, e in zip(shots, found, strict=True)} for row, found in table.items()}
         for task, table in tables.items()
     }
     content = {"command": "compare-representations", "protocol": protocol, "estimates": estimates, "orders": verdicts,
-               "runs": plain}  # fmt: skip
+               "runs": unscored}  # fmt: skip
     replace_text(out / "representations.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     replace_text(out / "representations.md", "\n".join(part for part in text if part))
     picture(out / "representations.png", tables, runs, shots)
@@ -99,7 +98,7 @@ def said(runs: list[dict]) -> list[dict]:
                 )
                 says = verdict(runs, (first, second), task, seeds, difference)
                 verdicts.append({"first": first, "second": second, "claim": claim, "task": task, "shots": shots,
-                                 "difference": _dict(difference), "says": says})  # fmt: skip
+                                 "difference": plain(difference), "says": says})  # fmt: skip
     return verdicts
 
 
@@ -123,7 +122,6 @@ def verdict(runs: list[dict], pair: tuple[str, str], task: str, seeds: list[int]
 
 def head(protocol: dict[str, Any], runs: list[dict]) -> str:
     """What is common to all tables."""
-    smoke = "\nThis protocol tests the plumbing. Its figures mean nothing; no order is given.\n"
     steps = sorted({run["steps"] for run in runs})
     clips = " or ".join(f"{count * protocol['batch']:,}" for count in steps)
     return f"""# Representations
@@ -135,7 +133,7 @@ on mean and deviation over time, standardised; of a bag of codes a small MLP. La
         ", ".join("all" if count is None else str(count) for count in protocol["shots"])
     }; few labels are drawn
 {protocol["draws"]} times. Seed s holds out fold s of the sources. Intervals: 95 %, paired bootstrap over groups.
-{"" if protocol["claims"] else smoke}"""
+{"" if protocol["claims"] else SMOKE}"""
 
 
 def table_of(task: str, table: dict[str, list[Estimate | None]], runs: list[dict], shots: list[int | None]) -> str:
@@ -202,14 +200,8 @@ def picture(path: Path, tables: dict[str, dict], runs: list[dict], shots: list[i
         axis.set(xlabel="labels a class", ylim=(0, None))
         if column == 0:
             axis.legend(fontsize=8, frameon=False, loc="upper left")
-    temp = path.with_name(f".{path.name}")
-    fig.savefig(temp)
-    os.replace(temp, path)
+    replace_picture(path, fig)
 
 
 def _mean(found: list[float | None]) -> str:
     return "-" if None in found else f"{np.mean(found):.3f}"
-
-
-def _dict(e: Estimate | None) -> dict[str, float] | None:
-    return None if e is None else {"value": e.value, "low": e.low, "high": e.high}

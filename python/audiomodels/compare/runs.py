@@ -1,7 +1,6 @@
 """What every comparison does alike: the files of its runs, where a run was made, and the choice of a learning rate."""
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from audiomodels.compare.report import replace_text
 from audiomodels.train import TrainingError
 
 RESULT = "result.json"  # of a finished run
@@ -69,10 +69,7 @@ def read(path: Path) -> Any:
 
 def write(path: Path, value: Any) -> None:
     """A JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}")
-    temp.write_text(json.dumps(value, allow_nan=False, indent=1))
-    os.replace(temp, path)
+    replace_text(path, json.dumps(value, allow_nan=False, indent=1))
 
 
 @lru_cache(maxsize=1)

@@ -9,7 +9,6 @@ seeds, the interval of the paired difference excludes 0, and the last two checkp
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 
 from audiomodels import plots
 from audiomodels.compare.bootstrap import LEVEL, Estimate, draws
-from audiomodels.compare.generator_report import SEEDS_FOR_AN_ORDER, form, replace_text
+from audiomodels.compare.report import SEEDS_FOR_AN_ORDER, SMOKE, form, plain, replace_picture, replace_text
 from audiomodels.tag_data import TagClips
 from audiomodels.tagging import frame_ap, mean_average_precision, note_f1
 
@@ -126,18 +125,18 @@ def write_all(
                     values.setdefault(run["row"], {}).setdefault(name, {})[run["seed"]] = found
         verdicts = said(mine, values, task) if protocol["claims"] else []
         tables[task] = {
-            "rows": {row: {n: _dict(of_seeds(v)) for n, v in table.items()} for row, table in values.items()},
+            "rows": {row: {n: plain(of_seeds(v)) for n, v in table.items()} for row, table in values.items()},
             "orders": verdicts,
         }
         text += [table_of(task, mine, values, titles, splits), order_table(verdicts)]
     text.append(speed_table(runs, speeds))
-    plain = [{key: value for key, value in run.items() if key != "probabilities"} for run in runs]
+    unscored = [{key: value for key, value in run.items() if key != "probabilities"} for run in runs]
     content = {
         "command": "compare-taggers",
         "protocol": protocol,
         "estimates": tables,
         "speeds": speeds,
-        "runs": plain,
+        "runs": unscored,
         "titles": titles,
     }
     replace_text(out / "taggers.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -171,7 +170,7 @@ def said(runs: list[dict], values: dict[str, dict], task: str) -> list[dict]:
         else:
             says = f"{sides[0 if sign > 0 else 1][0]['title']} is better"
         verdicts.append(
-            {"first": first, "second": second, "claim": claim, "difference": _dict(difference), "says": says}
+            {"first": first, "second": second, "claim": claim, "difference": plain(difference), "says": says}
         )
     return verdicts
 
@@ -185,13 +184,12 @@ def _dev(side: list[dict], task: str, back: int) -> float:
 def head(protocol: dict) -> str:
     """What is common to all tables."""
     name, steps, batch, precision = (protocol[key] for key in ("name", "steps", "batch", "precision"))
-    smoke = "\nThis protocol tests the plumbing. Its figures mean nothing; no order is given.\n"
     return f"""# Taggers
 
 Protocol "{name}": {steps:,} steps of {batch} one-second crops, {steps * batch / 3600:,.1f} hours of sound, {precision}.
 Written by `audiokernels compare-taggers`. Test scores are means over one-second crops and over seeds, with the 95 %
 interval of a paired bootstrap over source groups. Instruments are rendered from a sound font.
-{"" if protocol["claims"] else smoke}"""
+{"" if protocol["claims"] else SMOKE}"""
 
 
 def table_of(
@@ -263,10 +261,4 @@ def picture(path: Path, runs: list[dict]) -> None:
             axis.plot(seen, figures, color=f"C{place}", linewidth=1.2, alpha=0.8, label=label)
         axis.set(xlabel="thousand crops seen", ylim=(0, None))
         axis.legend(fontsize=8, frameon=False)
-    temp = path.with_name(f".{path.name}")
-    fig.savefig(temp)
-    os.replace(temp, path)
-
-
-def _dict(e: Estimate | None) -> dict[str, float] | None:
-    return None if e is None else {"value": e.value, "low": e.low, "high": e.high}
+    replace_picture(path, fig)

@@ -20,11 +20,8 @@ from audiomodels.corpus.labels import FAMILIES, broader, labels_of
 from audiomodels.corpus.tools import Note, digest, load, synthesize, trim, write_midi
 from audiomodels.data import groups_of
 
-LEAST_SECONDS, MOST_SECONDS = (
-    0.03,
-    4.0,
-)  # of a recording; the longest are read up to READ_SECONDS before they are trimmed
-READ_SECONDS = 8.0
+LEAST_SECONDS, MOST_SECONDS = 0.03, 4.0  # of a recording
+READ_SECONDS = 8.0  # of a file at most, before it is trimmed
 HELD_OUT = 0.2  # of a label's groups
 EVENTS, SHARES = (1, 2, 3), (0.5, 0.35, 0.15)  # of a mixture
 PHRASE_SECONDS, PHRASE_STEP = 2.4, 2.8
