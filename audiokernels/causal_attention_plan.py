@@ -144,9 +144,8 @@ def causal_attention_plan(
     tile = fitting((FORWARD_SHORT if short else FORWARD)[headdim, dtype.itemsize], device)
     if tile is None:
         return Plan(REFERENCE, f"no block of headdim {headdim} in {dtype} fits the shared memory of this GPU")
-    if dtype != torch.bfloat16:
-        tile = tile._replace(polynomial=False, ones=False)
     optimistic = dtype == torch.bfloat16
+    tile = tile if optimistic else with_running_maximum(tile)
     why = _why(tile, "fixed reference maximum, checked" if optimistic else "running maximum", dtype, device)
     return Plan("Triton", why, tile, headdim, keys, optimistic, device.precision)
 
@@ -188,6 +187,11 @@ def fitting(tiles: list[Tile], device: Device) -> Tile | None:
     """The first of them that the device takes."""
     usable = (tile for tile in tiles if tile.shared <= device.shared_memory)
     return next((tile for tile in usable if not tile.only or device.capability in tile.only), None)
+
+
+def with_running_maximum(tile: Tile) -> Tile:
+    """`tile` for types whose reference maximum is not fixed: they need more registers than its limit leaves."""
+    return tile._replace(polynomial=False, ones=False, maxnreg=None)
 
 
 def padded(size: int) -> int:
