@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from audiokernels.backends import Explanation, backends, explain
+from audiokernels.backends import Explanation, backends, explain, use_reference
 from audiokernels.causal_attention import causal_attention
 from audiokernels.causal_attention_decode import causal_attention_decode, kv_cache_update
 from audiokernels.dilated_conv_update import dilated_conv_update
@@ -44,6 +44,7 @@ __all__ = [
     "transformer_pack",
     "transformer_position",
     "transformer_state",
+    "use_reference",
     "wavenet_generate",
     "wavenet_pack",
     "wavenet_position",

@@ -1,14 +1,18 @@
 """Which kernel serves which op on which device, and why: a silent fallback cannot hide."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 
 from audiokernels._library import C, C_error
 
 REFERENCE = "reference (plain torch)"
+ASKED = "use_reference asks for it"
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,51 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
     Raises:
         ValueError: op is none of those that can be explained.
     """
+    name = _known(op)
+    answer = _describers[name](*args, **kwargs)
+    if any(implementation(name, device).endswith(ASKED) for device in ("cpu", "cuda")):
+        return replace(answer, kernel=REFERENCE, why=ASKED)
+    return answer
+
+
+@contextmanager
+def use_reference(*ops: str | Callable) -> Iterator[None]:
+    """Serve ops by plain torch for a while, in all threads: is it the kernel, or is it my model?
+
+        with audiokernels.use_reference():  # or use_reference("causal_attention", "haar_pool")
+            loss = model(x)
+
+    On CPU and CUDA, also in compiled graphs. A backward pass takes what serves its op when it runs. Slow, and
+    causal_attention needs memory of O(seqlen^2) then. What `backends()` does not list, WaveNetStream, stays as it is.
+
+    Args:
+        ops: public functions of audiokernels or their names, those that `backends()` lists; none: all of them. An op's
+            backward op goes with it.
+
+    Raises:
+        ValueError: an op is none of those.
+    """
+    names = {_known(op) for op in ops} or set(_describers)
+    names |= {f"{name}_backward" for name in names} & set(_describers)
+    override = torch.library.Library("audiokernels", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, that a kernel is overridden
+            for name in names:
+                reference = getattr(sys.modules[_describers[name].__module__], f"{name}_ref")
+                for device in ("CPU", "CUDA"):
+                    if torch._C._dispatch_has_kernel_for_dispatch_key(f"audiokernels::{name}", device):
+                        override.impl(name, reference, device)
+        yield
+    finally:
+        override._destroy()
+
+
+def _known(op: str | Callable) -> str:
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _describers:
         raise ValueError(f"op must be one of {', '.join(sorted(_describers))}, got {name}")
-    return _describers[name](*args, **kwargs)
+    return name
 
 
 def backends() -> dict[str, dict[str, str]]:
@@ -58,6 +103,8 @@ def implementation(op: str, device: str) -> str:
     kernel = re.search(rf"^{device.upper()}: registered at (.*?):\d+", dump, re.MULTILINE)
     if kernel is None:
         return f"{REFERENCE}: {_why_reference(device)}"
+    if kernel[1] == __file__:  # use_reference's Library is made here
+        return f"{REFERENCE}: {ASKED}"
     if not kernel[1].endswith(".cpp") and not _private(op, device):
         return "Triton"
     return f"C++ ({C.isa()})" if device == "cpu" else f"CUDA C++ ({', '.join(C.cuda_archs)})"
