@@ -252,7 +252,7 @@ def test_bench(call, monkeypatch):
         ("generate {model} --temperature -1", "temperature must be finite and >= 0, got -1.0"),
         ("generate {model} --top-k 0", "top_k must be >= 1, got 0"),
         ("generate {model} --top-p 1.5", "top_p must be above 0 and at most 1, got 1.5"),
-        ("generate {model} --seed -1", "seed must be in 0 .."),
+        ("generate {model} --seed -1", "seed must be an integer from 0 to"),
         ("generate {labelled}", "needs a condition or label"),
         ("generate {model} --seconds 0.01 --out {data}/a.wav/x.wav", "a.wav"),
         ("evaluate {no} {data}", "no such folder"),
