@@ -1,5 +1,7 @@
 """Checks that rooms share: each names the argument, the rule and what came."""
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,23 @@ def check_floating(name: str, tensor: Tensor) -> None:
     """Raise TypeError unless its dtype is one that the ops take."""
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_whole(name: str, value: int, least: int, most: int | None = None) -> int:
+    """`value` as an int, from any kind of integer (numpy's too). Raise ValueError unless least <= value <= most."""
+    if not is_whole(value) or value < least or (most is not None and value > most):
+        rule = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be an integer {rule}, got {value!r}")
+    return int(value)
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is an integer of any kind, bool left out."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:

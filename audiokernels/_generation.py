@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from audiokernels._checks import check_not_expanded, check_whole
+
 HEADER = 16
 POSITION_BASE = 1 << 20
 
 
 def fresh_state(pack: Any, batch: int, floats: int) -> Tensor:
     """float32 (batch, floats) on the pack's device: position 0, last code n_class // 2, the rest zero."""
-    if not isinstance(batch, int) or batch < 0:
-        raise ValueError(f"batch must be an integer >= 0, got {batch!r}")
-    state = torch.zeros(batch, floats, device=pack.data.device)
+    batch = check_whole("batch", batch, 0)
+    state = torch.zeros(batch, floats, dtype=torch.float32, device=pack.data.device)
     state[:, 2] = pack.shape.n_class // 2
     return state
 
@@ -71,6 +72,7 @@ def check_generation(room, pack, floats, state, uniforms, codes, condition) -> N
         raise ValueError(f"state must have shape {expected} for this pack and uniforms, got {tuple(state.shape)}")
     if state.numel() and state.stride(1) != 1:
         raise ValueError(f"state must be contiguous along its last dimension, got strides {state.stride()}")
+    check_not_expanded("state", state)
     if codes is not None and (codes.shape[0] != batch or codes.shape[1] > n):
         raise ValueError(f"codes must have shape ({batch}, m <= {n}), got {tuple(codes.shape)}")
     if (condition is None) != (shape.condition == 0):

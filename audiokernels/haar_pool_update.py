@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from audiokernels._checks import check_device, check_not_expanded, refuse_grad
+from audiokernels._checks import FLOATS, check_device, check_not_expanded, check_whole, refuse_grad
 from audiokernels._library import lib, triton_launcher
 from audiokernels.backends import Explanation, describe
 from audiokernels.haar_levels import check_runs, level_runs
@@ -49,7 +49,13 @@ def haar_pool_state(
         levels, seqlen: as they will be given to haar_pool_update.
         dtype: of the inputs.
         device: of the inputs.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and what came.
     """
+    batch = check_whole("batch", batch, 0)
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
     slots = state_slots(level_runs(levels, dim, seqlen))
     return torch.zeros(batch, slots, dtype=torch.promote_types(dtype, torch.float32), device=device)
 

@@ -7,6 +7,8 @@ csrc/wavenet_stream.cpp computes the same function.
 
 import torch
 
+from audiokernels._checks import check_whole
+
 _MASK = 0xFFFFFFFF
 
 
@@ -26,18 +28,19 @@ def philox_uniform(seed: int, batch: int, n: int, *, position: int = 0) -> torch
 
     Returns:
         float32 (batch, n) in [0, 1), multiples of 2^-24, on the CPU.
+
+    Raises:
+        ValueError: naming the argument, the rule and what came.
     """
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be in 0 .. 2^64 - 1, got {seed}")
-    for name, value in (("batch", batch), ("n", n), ("position", position)):
-        if value < 0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
+    seed = check_whole("seed", seed, 0, (1 << 64) - 1)
+    batch, n = check_whole("batch", batch, 0), check_whole("n", n, 0)
+    position = check_whole("position", position, 0, (1 << 63) - 1)
     if n == 0 or batch == 0:
-        return torch.empty(batch, n)
+        return torch.empty(batch, n, dtype=torch.float32, device="cpu")
     first, last = position // 4, (position + n - 1) // 4
-    block = torch.arange(first, last + 1).expand(batch, -1)
+    block = torch.arange(first, last + 1, device="cpu").expand(batch, -1)
     c0, c1 = block & _MASK, (block >> 32) & _MASK
-    c2 = torch.arange(batch)[:, None].expand_as(block)
+    c2 = torch.arange(batch, device="cpu")[:, None].expand_as(block)
     c3 = torch.zeros_like(block)
     k0, k1 = seed & _MASK, seed >> 32
     for _ in range(10):

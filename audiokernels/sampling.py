@@ -10,10 +10,13 @@ stays are those at or above a threshold, whatever the order of the classes. T = 
 """
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from audiokernels._checks import is_whole
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,13 @@ class Sampling:
             value = getattr(self, name)
             if value is None and name == "top_p":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and >= 0, got {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int)):
+        if self.top_k is not None and not is_whole(self.top_k):
             raise TypeError(f"top_k must be an integer, got {type(self.top_k).__name__}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be >= 1, got {self.top_k}")
@@ -66,6 +69,9 @@ class Sampling:
 
     def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Codes int64 (batch,) by inverse CDF: logits (batch, n_class), uniforms (batch,) in [0, 1)."""
+        if logits.ndim != 2 or uniforms.shape != logits.shape[:1]:
+            came = f"{tuple(logits.shape)} and {tuple(uniforms.shape)}"
+            raise ValueError(f"logits must have shape (batch, n_class) and uniforms (batch,), got {came}")
         if self.temperature == 0:
             return logits.argmax(1)
         cdf = self.weights(logits).cumsum(1)

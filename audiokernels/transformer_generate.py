@@ -164,7 +164,7 @@ def transformer_generate_ref(
     check_call(TransformerPack(data, shape), state, uniforms, codes, condition)
     batch, n = uniforms.shape
     out = torch.empty(batch, n, dtype=shape.code_dtype, device=data.device)
-    logits_out = torch.empty((batch, n, shape.n_class) if return_logits else (0,), device=data.device)
+    logits_out = uniforms.new_empty((batch, n, shape.n_class) if return_logits else (0,))
     if batch == 0 or n == 0:
         return out, logits_out
     step = _Step(shape, transformer_unpack(data, shape), state)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from audiokernels._checks import check_whole, is_whole
 from audiokernels._packing import (
     DTYPES,
     LANES,
@@ -145,7 +146,7 @@ class TransformerShape:
         return self.n_layer * self.n_head * self.capacity * (self.headdim + self.head_rows) * self.cache_dtype.itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TransformerPack:
     """Packed weights of a transformer: `data` uint8 (n,), and the shape that explains them."""
 
@@ -153,7 +154,8 @@ class TransformerPack:
     shape: TransformerShape
 
     def to(self, device: torch.device | str) -> "TransformerPack":
-        return TransformerPack(self.data.to(device), self.shape)
+        """The pack on another device. Its dtype was chosen when it was made."""
+        return TransformerPack(self.data.to(device=torch.device(device)), self.shape)
 
 
 def transformer_pack(
@@ -267,9 +269,10 @@ def _shape_of(weights, n_head, window, positions, fusion, haar, dtype, hop) -> T
     for name, value, allowed in (("positions", positions, POSITIONS), ("fusion", fusion, FUSIONS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    for name, value, most in (("hop", hop, 1 << 62), ("n_head", n_head, MAX_INPUTS), ("window", window, MAX_SLOTS)):
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise ValueError(f"{name} must be an integer from 1 to {most}, got {value!r}")
+    hop, n_head = check_whole("hop", hop, 1, 1 << 62), check_whole("n_head", n_head, 1, MAX_INPUTS)
+    window = check_whole("window", window, 1, MAX_SLOTS)
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights must be a mapping of names to tensors, got {type(weights).__name__}")
     for name, ndim in (("embedding", 2), ("qkv_weight", 3), ("up_weight", 3)):
         if name not in weights:
             raise ValueError(f"weights must hold {name!r}, got {sorted(weights)}")
@@ -349,12 +352,10 @@ def _check_sizes(n_class, n_layer, n_embd, n_head, channels, widths) -> None:
 def _haar_runs(levels: Sequence[int], n_embd: int) -> tuple[int, ...]:
     """[level, count, ...] of neighbouring channels; () where nothing is pooled."""
     levels = tuple(levels)
-    if levels and (
-        len(levels) != n_embd or any(not isinstance(level, int) or not 0 <= level <= MAX_LEVEL for level in levels)
-    ):
+    if levels and (len(levels) != n_embd or not all(is_whole(level) and 0 <= level <= MAX_LEVEL for level in levels)):
         raise ValueError(f"haar must be () or {n_embd} integers 0 .. {MAX_LEVEL}, one a channel, got {list(levels)}")
     runs: list[int] = []
-    for level in levels:
+    for level in map(int, levels):
         if not runs or runs[-2] != level:
             runs += [level, 0]
         runs[-1] += 1

@@ -12,12 +12,13 @@ A matrix is laid out as in audiokernels/_packing.py. X16 is X rounded up to a mu
 csrc/wavenet_generate.h reads the same layout.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from audiokernels._checks import check_whole, is_whole
 from audiokernels._packing import (
     DTYPES,
     LANES,
@@ -89,7 +90,7 @@ class WaveNetShape:
         return len(self.dilations) * layer - self.hidden * self.residual + top
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WaveNetPack:
     """Packed weights of a WaveNet: `data` uint8 (n,), and the shape that explains them."""
 
@@ -97,7 +98,8 @@ class WaveNetPack:
     shape: WaveNetShape
 
     def to(self, device: torch.device | str) -> "WaveNetPack":
-        return WaveNetPack(self.data.to(device), self.shape)
+        """The pack on another device. Its dtype was chosen when it was made."""
+        return WaveNetPack(self.data.to(device=torch.device(device)), self.shape)
 
 
 def wavenet_pack(
@@ -189,11 +191,15 @@ def _shape_of(weights: Mapping[str, Tensor], dilations: Sequence[int], dtype: to
     """Check wavenet_pack's arguments and read the sizes off them."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be torch.float32, float16, bfloat16 or int8, got {dtype}")
-    if not isinstance(hop, int) or hop < 1:
-        raise ValueError(f"hop must be an integer >= 1, got {hop!r}")
-    dilations = tuple(dilations)
-    if not dilations or any(not isinstance(d, int) or d < 1 for d in dilations):
-        raise ValueError(f"dilations must be integers >= 1, one a layer, got {list(dilations)}")
+    hop = check_whole("hop", hop, 1)
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights must be a mapping of names to tensors, got {type(weights).__name__}")
+    if not isinstance(dilations, Iterable):
+        raise TypeError(f"dilations must be a sequence of integers, got {type(dilations).__name__}")
+    dilations = list(dilations)
+    if not dilations or not all(is_whole(d) and d >= 1 for d in dilations):
+        raise ValueError(f"dilations must be integers >= 1, one a layer, got {dilations}")
+    dilations = tuple(map(int, dilations))
     for name in ("embedding", "conv_weight", "skip_weight", "head_weight"):
         if name not in weights:
             raise ValueError(f"weights must hold {name!r}, got {sorted(weights)}")

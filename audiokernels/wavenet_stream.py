@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from audiokernels._checks import check_whole
 from audiokernels._generation import condition_frames
 from audiokernels._library import C
 from audiokernels.philox import philox_uniform
@@ -55,9 +56,11 @@ class WaveNetStream:
         condition: Tensor | None = None,
         state: Tensor | None = None,
     ) -> None:
+        if isinstance(pack, WaveNetPack) and pack.data.device.type != "cpu":
+            raise ValueError(f"pack must be on the CPU, got {pack.data.device}")
         state = wavenet_state(pack, batch) if state is None else state
-        philox_uniform(seed, 0, 0)  # checks the seed
-        uniforms = torch.empty(state.shape[0] if isinstance(state, Tensor) and state.ndim else batch, 0)
+        seed = check_whole("seed", seed, 0, (1 << 64) - 1)
+        uniforms = philox_uniform(seed, state.shape[0] if isinstance(state, Tensor) and state.ndim else batch, 0)
         frames = condition
         if condition is not None and isinstance(condition, Tensor) and condition.ndim == 3:
             frames = condition[:, :0]
@@ -82,14 +85,13 @@ class WaveNetStream:
 
     def read(self, n: int) -> np.ndarray:
         """The next n codes of every stream: (batch, n) uint8, int16 above 256 classes."""
+        n = check_whole("n", n, 0)
         if self._compiled is not None:
             return self._compiled.read(n)
-        if n < 0:
-            raise ValueError(f"n must be >= 0, got {n}")
         with self._lock:
             positions, shape = wavenet_position(self._state).tolist(), self._pack.shape
             rows = [philox_uniform(self._seed, b + 1, n, position=p)[b:] for b, p in enumerate(positions)]
-            uniforms = torch.cat(rows) if rows else torch.empty(0, n)
+            uniforms = torch.cat(rows) if rows else philox_uniform(self._seed, 0, n)
             frames = None
             if self._condition is not None:
                 count = condition_frames(shape, self._state, n)

@@ -44,6 +44,9 @@ def test_info(call):
     code, out, err = call("info")
     assert code == 0 and err == ""
     assert re.search("wavenet_generate +cpu", out) and audiokernels.__version__ in out and "soundfile" in out
+    for line in ("generate  piano: ", "generate  piano-transformer: ", "continue  piano-units: ", "tag       tagger: "):
+        assert f"\n{line}" in out
+    assert call("--version")[:2] == (0, f"audiokernels {audiokernels.__version__}\n")
 
 
 def test_generate(call, model, tmp_path):
@@ -89,6 +92,31 @@ def test_generate_resamples_a_prompt_with_a_notice(call, model, tmp_path):
         "generate", model, "--prompt", tmp_path / "p.wav", "--seconds", 0.01, "--out", tmp_path / "x.wav"
     )
     assert code == 0 and "resampled from 16000 to 8000 Hz" in err
+
+
+def test_generate_reads_the_end_of_a_prompt(call, model, tmp_path):
+    """An hour of it would take an hour: what lies before the last ten seconds is left out."""
+    end = torch.rand(80000) - 0.5
+    for name, before in (("short", 0), ("long", 9000)):
+        write_audio(tmp_path / f"{name}.wav", torch.cat([torch.rand(before) - 0.5, end]), 8000)
+        words = ("--prompt", tmp_path / f"{name}.wav", "-o", tmp_path / f"{name}_next.wav", "--seconds", 0.1)
+        assert call("generate", model, *words)[0] == 0
+    assert (tmp_path / "short_next.wav").read_bytes() == (tmp_path / "long_next.wav").read_bytes()
+
+
+def test_a_run_says_when_it_is_done_and_when_its_data_is_another(call, data, tmp_path, caplog):
+    other = 0.3 * torch.cos(torch.arange(4000) * (2 * math.pi * 330 / 8000))
+    (tmp_path / "other").mkdir()
+    write_audio(tmp_path / "other" / "a.wav", other, 8000)
+    sizes = "--model.n-layer 1 --model.residual-channels 4 --model.skip-channels 4 --model.sample-rate 8000 --steps 2"
+    words = [*sizes.split(), "--length", 50, "--context", 10, "--no-tensorboard", "--no-progress"]
+    words += ["--eval-targets", 200, "--out", tmp_path / "run"]
+    code, out, err = call("train", data, *words)
+    assert code == 0 and "nothing is trained" not in out and err == ""
+    code, out, _ = call("train", data, *words)
+    assert code == 0 and "step-00000002: all 2 steps are done, nothing is trained" in out and "data" not in caplog.text
+    code, *_ = call("train", tmp_path / "other", *words)
+    assert code == 0 and "resumed with other settings: {'data': '1 recordings, 3200 samples, " in caplog.text
 
 
 def test_evaluate(call, model, data):
@@ -242,6 +270,13 @@ def test_bench(call, monkeypatch):
     [
         ("generate", "generate takes one MODEL: a folder, or one of the models shipped: piano"),
         ("generate {no}", "no such folder"),
+        ("generate tagger", "tagger: is not one of wavenet, sample_transformer, sample_rnn, wave_rnn; of the models"),
+        ("generate piano-units", "of the models shipped these are: piano, piano-transformer"),
+        ("generate {model} -o {tmp}/folder.wav", "--out must be a file, "),
+        ("plot-attention {model} {data}/a.wav -o x.txt", "--out must end in .png, .pdf or .svg, got x.txt"),
+        ("tag {data}/a.wav -o x.txt", "--out must end in .png, .pdf or .svg, got x.txt"),
+        ("train {data} --out {tmp}/run --device nowhere", "device must be auto, cpu or another that torch can use"),
+        ("train {data} --out {tmp}/run --device cuda:77", "device must be auto, cpu or another that torch can use"),
         ("generate {data}", "config.json: no such file"),
         ("generate {model} --prompt {no}", "nothing-here"),
         ("generate {model} --prompt {model}/config.json", "config.json: is not a readable audio file"),
@@ -252,7 +287,7 @@ def test_bench(call, monkeypatch):
         ("generate {model} --temperature -1", "temperature must be finite and >= 0, got -1.0"),
         ("generate {model} --top-k 0", "top_k must be >= 1, got 0"),
         ("generate {model} --top-p 1.5", "top_p must be above 0 and at most 1, got 1.5"),
-        ("generate {model} --seed -1", "seed must be in 0 .."),
+        ("generate {model} --seed -1", "seed must be an integer from 0 to"),
         ("generate {labelled}", "needs a condition or label"),
         ("generate {model} --seconds 0.01 --out {data}/a.wav/x.wav", "a.wav"),
         ("evaluate {no} {data}", "no such folder"),
@@ -260,7 +295,7 @@ def test_bench(call, monkeypatch):
         ("evaluate {stranger} {data}", "not the config of one of wavenet, sample_transformer"),
         ("evaluate {model} {no}", "no such file or folder"),
         ("evaluate {model} {model}", "no audio files"),
-        ("evaluate {model} {data} --part piano", "part"),
+        ("evaluate {model} {data} --part piano", "has no parts; got 'piano'"),
         ("train {no} --out {tmp}/run", "no such file or folder"),
         ("train {data} --out {tmp}/run --steps 0", "steps must be at least 1, got 0"),
         ("train {data} --out {tmp}/run --model.n-label 3", "train takes models without condition and labels"),
@@ -272,6 +307,7 @@ def test_bench(call, monkeypatch):
 def test_mistakes_are_one_line_and_exit_code_2(call, model, data, tmp_path, words, text):
     config = WaveNetConfig(n_layer=1, residual_channels=4, skip_channels=4, head_channels=4, n_label=2)
     WaveNet(config).save_pretrained(tmp_path / "labelled")
+    (tmp_path / "folder.wav").mkdir()
     (tmp_path / "stranger").mkdir()
     (tmp_path / "stranger" / "config.json").write_text('{"n_layer": 3, "hidden": 1024}')
     places = {

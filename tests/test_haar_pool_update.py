@@ -290,6 +290,12 @@ def test_an_expanded_state_is_refused():
         haar_pool_update(**args | {"state": args["state"][:1].expand(2, -1)})
 
 
+def test_a_wrong_state_is_refused_before_it_is_made():
+    for error, arguments, options in ((ValueError, (-1, 4), {}), (TypeError, (1, 4), {"dtype": torch.int32})):
+        with pytest.raises(error, match="^(batch|dtype) must be"):
+            haar_pool_state(*arguments, **options)
+
+
 def test_explain():
     answer = explain(haar_pool_update, **make())
     assert answer.flops > 0 and answer.bytes > 0

@@ -36,8 +36,30 @@ def test_empty():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"), [((-1, 1, 1), "seed"), ((2**64, 1, 1), "seed"), ((0, -1, 1), "batch"), ((0, 1, -1), "n")]
+    ("arguments", "name"),
+    [
+        ((-1, 1, 1), "seed"),
+        ((2**64, 1, 1), "seed"),
+        ((0.5, 1, 1), "seed"),
+        ((None, 1, 1), "seed"),
+        ((0, -1, 1), "batch"),
+        ((0, 1.0, 1), "batch"),
+        ((0, 1, -1), "n"),
+        ((0, 1, 1, 2**63), "position"),
+    ],
 )
 def test_bad_arguments_are_named(arguments, name):
+    *arguments, position = (*arguments, 0)[:4]
     with pytest.raises(ValueError, match=rf"^{name} must be"):
-        philox_uniform(*arguments)
+        philox_uniform(*arguments, position=position)
+
+
+def test_torch_defaults_do_not_matter():
+    expected, before = philox_uniform(3, 2, 8), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(philox_uniform(3, 2, 8), expected)
+            assert philox_uniform(3, 2, 0).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)

@@ -383,7 +383,7 @@ def test_condition_hop_of_latents():
         (lambda m, c: m.generate(3, c, batch=3), "^prompt must have 3 rows"),
         (lambda m, c: m.generate(3, c + 64, batch=2), "^codes must be in"),
         (lambda m, c: m.generate(3, temperature=-1.0), "^temperature must be finite"),
-        (lambda m, c: m.generate(3, seed=-1), "^seed must be in"),
+        (lambda m, c: m.generate(3, seed=-1), "^seed must be an integer from 0"),
     ],
 )
 def test_wrong_call(call, message):

@@ -134,6 +134,19 @@ def test_wrong_numbers_are_named(error, message, options):
         Sampling(**options)
 
 
+def test_numbers_of_numpy_are_numbers():
+    mine = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), top_p=np.float32(0.75))
+    assert mine == Sampling(0.5, 3, 0.75)
+    logits, uniforms = logits_of(50, 12), torch.rand(50)
+    assert torch.equal(mine.draw(logits, uniforms), Sampling(0.5, 3, 0.75).draw(logits, uniforms))
+
+
+def test_draw_names_what_does_not_fit():
+    for logits, uniforms in ((torch.zeros(4), torch.zeros(4)), (torch.zeros(4, 3), torch.zeros(3))):
+        with pytest.raises(ValueError, match="^logits must have shape"):
+            Sampling().draw(logits, uniforms)
+
+
 # ---- the kernels
 
 

@@ -2,12 +2,14 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from sampling_cases import WRONG
 from wavenet_cases import pack_of, weights_of
 
-from audiokernels import philox_uniform, wavenet_generate, wavenet_pack, wavenet_state
+from audiokernels import WaveNetStream, philox_uniform, wavenet_generate, wavenet_pack, wavenet_state
+from audiokernels.wavenet_generate import wavenet_generate_ref
 from audiokernels.wavenet_pack import WaveNetPack
 
 PACK = pack_of([1, 2, 4], condition=0)
@@ -36,6 +38,7 @@ GENERATE = [
     (ValueError, "state", "shape", r"\(2, 12\)", {"state": STATE[:, :12].contiguous()}),
     (ValueError, "state", "shape", r"\(2, \d+\)", {"state": wavenet_state(pack_of([1, 2]), 2)}),
     (ValueError, "state", "contiguous", "strides", {"state": STATE.T.contiguous().T}),
+    (ValueError, "state", "expanded", "strides", {"state": STATE[:1].expand(2, -1)}),
     (ValueError, "state", "header", "", {"state": spoiled(0, -1.0)}),
     (ValueError, "state", "header", "", {"state": spoiled(1, 0.5)}),
     (ValueError, "state", "header", "", {"state": spoiled(0, float("nan"))}),
@@ -91,6 +94,8 @@ PACKING = [
     (ValueError, "hop", ">= 1", "0", {}, {"hop": 0}),
     (ValueError, "dilations", ">= 1", r"\[1, 0, 2\]", {}, {"dilations": [1, 0, 2]}),
     (ValueError, "dilations", "one a layer", r"\[\]", {}, {"dilations": []}),
+    (ValueError, "dilations", "integers", "True", {}, {"dilations": [1, True, 2]}),
+    (TypeError, "dilations", "sequence", "int", {}, {"dilations": 3}),
     (ValueError, "weights", "3, 32, 16, 2|2, 32, 16, 2", "", {}, {"dilations": [1, 2]}),
     (ValueError, "weights", "exactly", "skip_bias", {"skip_bias": None}, {}),
     (ValueError, "weights", "exactly", "extra", {"extra": torch.zeros(1)}, {}),
@@ -120,11 +125,46 @@ def test_wrong_call_of_pack(number):
         (TypeError, "pack", lambda: wavenet_state(PACK.data, 1)),
         (ValueError, "batch", lambda: wavenet_state(PACK, -1)),
         (ValueError, "batch", lambda: wavenet_state(PACK, 1.5)),
+        (ValueError, "batch", lambda: wavenet_state(PACK, True)),
+        (TypeError, "weights", lambda: wavenet_pack(list(WEIGHTS.values()), [1, 2, 4])),
+        (ValueError, "n", lambda: WaveNetStream(PACK).read(2.5)),
+        (ValueError, "seed", lambda: WaveNetStream(PACK, seed="first")),
+        (ValueError, "pack", lambda: WaveNetStream(PACK.to("meta"))),
     ],
 )
-def test_wrong_call_of_state(error, argument, call):
+def test_wrong_call_of_the_others(error, argument, call):
     with pytest.raises(error, match=f"^{argument}"):
         call()
+
+
+def test_integers_of_numpy_are_integers():
+    pack = wavenet_pack(WEIGHTS, np.array([1, 2, 4]), hop=np.int64(1))
+    assert pack.shape == PACK.shape and torch.equal(wavenet_state(pack, np.int32(2)), STATE)
+
+
+def test_a_pack_is_moved_but_not_converted_and_equals_itself_alone():
+    with pytest.raises(TypeError):
+        PACK.to(torch.float16)  # its bytes as numbers: the dtype was chosen when it was made
+    other = WaveNetPack(PACK.data.clone(), PACK.shape)
+    assert other != PACK and PACK == PACK and len({PACK, other}) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torch_default_dtype_does_not_matter(dtype):
+    expected = wavenet_generate(PACK, wavenet_state(PACK, 2), U)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        state, none = wavenet_state(PACK, 2), philox_uniform(0, 2, 0)
+        assert torch.equal(wavenet_generate(PACK, state, U), expected)
+        assert wavenet_generate(PACK, state, none).shape == (2, 0)
+        codes, logits = wavenet_generate_ref(
+            PACK.data, PACK.shape.to_ints(), wavenet_state(PACK, 2), U, None, None, 1.0, True
+        )
+        assert logits.dtype == torch.float32 and codes.shape == U.shape
+        assert WaveNetStream(PACK, batch=2).read(8).shape == (2, 8)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_the_op_itself_checks_everything_again():

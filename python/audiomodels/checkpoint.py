@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from audiomodels._optional import require
 
-__all__ = ["CheckpointError", "checkpoints", "clean", "latest", "load", "lock", "on_rank0", "save", "unwrap"]
+__all__ = ["CheckpointError", "checkpoints", "clean", "latest", "load", "lock", "on_rank0", "save", "step_of", "unwrap"]
 
 MODEL, OPTIMIZER, STATE, SUMS = "model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"
 SUMMED = (MODEL, OPTIMIZER, STATE)
@@ -65,6 +65,11 @@ def checkpoints(folder: str | os.PathLike) -> list[Path]:
 def latest(folder: str | os.PathLike) -> Path | None:
     """The newest checkpoint in `folder`, or None."""
     return (checkpoints(folder) or [None])[-1]
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its folder's name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def clean(folder: str | os.PathLike) -> None:

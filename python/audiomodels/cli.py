@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Union
 
+import audiokernels
 from audiomodels import checkpoint, peers
 from audiomodels._optional import require
 from audiomodels.commands import generators, taggers, units
@@ -23,6 +24,7 @@ from audiomodels.commands.arguments import Name
 from audiomodels.corpus.builder import CorpusError
 from audiomodels.demo import DemoConfig, DemoError, run
 from audiomodels.pretrained import ModelError, shipped, title
+from audiomodels.registry import shipped_of
 from audiomodels.train import TrainingError
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 
@@ -44,9 +46,11 @@ class Info:
                 print(f"{name:16} {importlib.metadata.version(name)}")
             except importlib.metadata.PackageNotFoundError:
                 print(f"{name:16} not installed")
-        print("\nmodels that came with the package (audiokernels generate NAME):")
+        print("\nmodels that came with the package, and the command that takes them:")
+        commands = dict.fromkeys(shipped_of(generators.GENERATORS), "generate")
+        commands |= dict.fromkeys(shipped_of(taggers.TAGGERS), "tag")
         for name in shipped():
-            print(title(name))
+            print(f"{commands.get(name, 'continue'):9} {title(name)}")
 
 
 @dataclass
@@ -118,6 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="audiokernels: %(message)s")
     warnings.showwarning = lambda message, *_: print(f"audiokernels: {message}", file=sys.stderr)
     try:
+        if (sys.argv[1:] if arguments is None else list(arguments)) == ["--version"]:
+            print(f"audiokernels {audiokernels.__version__}")
+            raise SystemExit(0)
         kinds, words = chosen(sys.argv[1:] if arguments is None else arguments)
         commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())
         command = tyro.cli(

@@ -202,6 +202,16 @@ class Crops:
         self.recordings, self.batch, self.length, self.context, self.seed = recordings, batch, length, context, seed
         self._ends = np.cumsum([len(recording.codes) for recording in recordings])
 
+    @property
+    def data(self) -> str:
+        """What is drawn from, in words that other recordings hardly have: for a run that may be resumed with others."""
+        digest = hashlib.sha256()
+        for recording in self.recordings:
+            digest.update(f"{recording.name} {len(recording.codes)} ".encode())
+            digest.update(recording.codes[:4096].numpy().tobytes())
+        number = len(self.recordings)
+        return f"{number} recordings, {self.recordings.n_sample} samples, {digest.hexdigest()[:8]}"
+
     def places(self, step: int) -> tuple[list[int], list[int]]:
         """Of each row of the batch at `step`: the recording's index, and the sample of it that is the first target
         (negative in a recording shorter than `length`)."""
@@ -317,10 +327,11 @@ def _only(names: Iterable[str]) -> set[str]:
 
 def _select(rows: list[dict], source, part: str | None, split: str | None) -> list[dict]:
     if part is not None:
-        parts = sorted({str(row.get("part")) for row in rows})
+        parts = sorted({row["part"] for row in rows if row.get("part") is not None})
         rows = [row for row in rows if row.get("part") == part]
         if not rows:
-            raise ValueError(f"part must be one of {', '.join(parts)}; got {part!r}")
+            rule = f"one of {', '.join(parts)}" if parts else f"left out: {source} has no parts"
+            raise ValueError(f"part must be {rule}; got {part!r}")
     if split is None:
         return rows
     names = [_splits_of(row) for row in rows]

@@ -345,7 +345,8 @@ def fit(
     """Train `model` in place until `config.steps`, resuming what is in `config.out`; returns the History of all steps.
 
     crops(step): codes (batch, context + length + 1), integers, or (codes, {"condition": ..., "label": ...}), tensors of
-    as many rows that go to the model's forward; a pure function of the step, as data.Crops. valid: data.Recordings for
+    as many rows that go to the model's forward; a pure function of the step, as data.Crops. Where crops has `data`, a
+    text, a run that is resumed with another one is told so. valid: data.Recordings for
     `evaluate`. on_step(steps done, bits per sample) runs at the end of each step. With a `task` other than NextCode,
     crops(step) and valid are what that task takes.
     The global RNGs are seeded or restored. SIGTERM and Ctrl-C finish the step, save, and exit with 143 and 130.
@@ -388,6 +389,7 @@ class _Run:
         self, model: nn.Module, crops: Callable[[int], Any], config: TrainConfig, stop: _Stop, task: Any
     ) -> None:
         self.crops, self.config, self.stop, self.task = crops, config, stop, task
+        self.data = getattr(crops, "data", None)  # in words
         self.model, self.optimizer, self.device = _place(model, config)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if checkpoint.distributed() else (0, 1)
         if config.batch % self.world:
@@ -410,6 +412,8 @@ class _Run:
         try:
             before, self.plateau, self.bad = state["config"], state["plateau"], state["bad"]
             changed = {k: f"{before.get(k)} -> {v}" for k, v in _recipe(self.config).items() if before.get(k) != v}
+            if "data" in state and state["data"] != self.data:
+                changed["data"] = f"{state['data']} -> {self.data}"
         except (KeyError, AttributeError) as error:
             raise checkpoint.CheckpointError(f"{path}: not written by fit: {error!r}") from error
         if changed and self.rank == 0:
@@ -512,7 +516,7 @@ class _Run:
 
     def save(self) -> None:
         self.heal()
-        state = {"config": _recipe(self.config), "plateau": self.plateau, "bad": self.bad}
+        state = {"config": _recipe(self.config), "data": self.data, "plateau": self.plateau, "bad": self.bad}
         checkpoint.save(
             self.config.out,
             step=self.step,
@@ -542,10 +546,20 @@ def _place(model: nn.Module, config: TrainConfig) -> tuple[nn.Module, torch.opti
         accelerator = require("accelerate", "train").Accelerator(cpu=cpu, mixed_precision="no")
         model, optimizer = accelerator.prepare(model, adamw())
         return model, optimizer.optimizer, accelerator.device
-    name = config.device
+    device = torch.device(device_of(config.device))
+    return model.to(device), adamw(), device
+
+
+def device_of(name: str) -> str:
+    """The device that an option names; "auto" is a GPU where there is one. ValueError where torch cannot use it."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(name), adamw(), torch.device(name)
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"device must be auto, cpu or another that torch can use here, got {name!r}: {why}") from None
+    return name
 
 
 def _finite(tensor: Tensor) -> bool:

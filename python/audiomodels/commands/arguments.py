@@ -1,5 +1,6 @@
 """Arguments that several commands take, and what they must be."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ AudioFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
 Out = Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+OutFolder = Annotated[Path, tyro.conf.arg(metavar="DIR", aliases=("-o",))]
 
 
 def check_seconds(seconds: float, most: float = 3600) -> None:
@@ -21,5 +23,19 @@ def check_seconds(seconds: float, most: float = 3600) -> None:
 
 def check_sound_file(out: Path) -> None:
     """ValueError unless `out` can be written as sound; said before the work, not after it."""
-    if out.suffix.lower() not in (".wav", ".flac"):
-        raise ValueError(f"--out must end in .wav or .flac, got {out}")
+    _check_file(out, (".wav", ".flac"))
+
+
+def check_picture_file(out: Path) -> None:
+    """The same of a picture."""
+    _check_file(out, (".png", ".pdf", ".svg"))
+
+
+def _check_file(out: Path, suffixes: tuple[str, ...]) -> None:
+    if out.suffix.lower() not in suffixes:
+        raise ValueError(f"--out must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}, got {out}")
+    if out.is_dir():
+        raise ValueError(f"--out must be a file, {out} is a folder")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ValueError(f"--out {out} cannot be written: {above} is no folder that may be written to")

@@ -19,14 +19,22 @@ import torch
 from audiomodels import attention_lags, checkpoint, concealment, plots, quantize
 from audiomodels._optional import require
 from audiomodels.audio import read_audio, write_audio
-from audiomodels.commands.arguments import AudioFile, Data, File, Name, Out, check_seconds, check_sound_file
+from audiomodels.commands.arguments import (
+    AudioFile,
+    Data,
+    File,
+    Name,
+    Out,
+    check_picture_file,
+    check_seconds,
+    check_sound_file,
+)
 from audiomodels.compare import bootstrap, predictors, score
 from audiomodels.compare.generators import CompareConfig, Comparison, reproduce
 from audiomodels.corpus import builder
 from audiomodels.data import Crops, Recordings
 from audiomodels.generator import Generator
-from audiomodels.pretrained import shipped
-from audiomodels.registry import GENERATORS, load
+from audiomodels.registry import GENERATORS, load, shipped_of
 from audiomodels.sample_rnn import SampleRNNConfig
 from audiomodels.sample_transformer import SampleTransformer, SampleTransformerConfig
 from audiomodels.train import TrainConfig, fit, score_blocks, target_blocks
@@ -36,6 +44,9 @@ from audiomodels.wavenet import WaveNetConfig
 tyro = require("tyro")
 ModelFolder = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="MODEL")]
 MOST_CONTEXT = 1 << 16  # samples of context in training and evaluation, however far a model sees
+PROMPT_SECONDS = (
+    10  # of a prompt that are read, or more where a model sees more: a sample of it costs as much as a new one
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -66,6 +77,9 @@ class Train:
         config = dataclasses.replace(self.training, context=context)
         print(f"{self.model.n_parameter:,} parameters; training on {head.seconds:.1f} s; held out: {what}")
         crops = Crops(head, batch=config.batch, length=config.length, context=context, seed=config.seed)
+        done = checkpoint.latest(config.out)
+        if done is not None and checkpoint.step_of(done) >= config.steps:
+            print(f"{done}: all {config.steps} steps are done, nothing is trained; a larger --steps goes on")
         history = fit(model, crops, config, valid=held_out)
         if checkpoint.distributed() and torch.distributed.get_rank() > 0:
             return  # rank 0 scores and writes
@@ -113,9 +127,9 @@ class Generate:
 
     folder: ModelFolder = None  # folder with config.json and model.safetensors, or the name of a shipped model
     model: Name = None  # the same
-    out: Path = Path("out.wav")  # .wav or .flac; with --batch 2: out_0.wav, out_1.wav
+    out: Out = Path("out.wav")  # .wav or .flac; with --batch 2: out_0.wav, out_1.wav
     seconds: float = 4.0  # of new sound
-    prompt: File = None  # audio file to continue; it is not part of the result
+    prompt: File = None  # audio file to continue, by its last 10 seconds; it is not part of the result
     temperature: float = 1.0  # 0: always the most probable sample
     top_k: int | None = None  # draw only from so many most probable codes
     top_p: float | None = None  # draw only from the fewest most probable codes that hold this share, for example 0.9
@@ -129,13 +143,14 @@ class Generate:
             raise ValueError(f"--batch must be 1 .. 1024, got {self.batch}")
         check_sound_file(self.out)
         if (self.folder is None) == (self.model is None):
-            names = ", ".join(shipped()) or "none"
+            names = ", ".join(shipped_of(GENERATORS)) or "none"
             raise ValueError(f"generate takes one MODEL: a folder, or one of the models shipped: {names}")
         model = unconditional(self.folder or self.model)
         config, prompt = model.config, None
         if self.prompt is not None:
             audio, _ = read_audio(self.prompt, sample_rate=config.sample_rate)
-            prompt = quantize.encode(audio, config.companding, config.n_class)
+            kept = max(model.train_context, PROMPT_SECONDS * config.sample_rate)
+            prompt = quantize.encode(audio[-kept:], config.companding, config.n_class)
         n, started = max(1, round(self.seconds * config.sample_rate)), time.monotonic()
         codes = model.generate(
             n,
@@ -232,6 +247,7 @@ class PlotAttention:
 
     def run(self) -> None:
         check_seconds(self.seconds, 600)
+        check_picture_file(self.out)
         model = unconditional(self.model, {"sample_transformer": SampleTransformer})
         config = model.config
         audio, rate = read_audio(self.file, sample_rate=config.sample_rate)
@@ -340,7 +356,8 @@ def splits(source: Path, config: Any, split: str, part: str | None) -> tuple[Rec
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     try:
-        return Recordings.load(source, **kind, split="train"), Recordings.load(source, **kind, split=split), split
+        held_out = Recordings.load(source, **kind, split=split)  # first: it is the one that may be missing
+        return Recordings.load(source, **kind, split="train"), held_out, split
     except ValueError:  # no such splits, or a problem that the next line meets too
         return *Recordings.load(source, **kind).cut(0.8), "the last 20 % of each recording"
 

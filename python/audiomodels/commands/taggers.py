@@ -15,7 +15,7 @@ from audiomodels._optional import require
 from audiomodels.audio import read_audio
 from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
 from audiomodels.cnn import CNN, CNNConfig
-from audiomodels.commands.arguments import AudioFile, Data
+from audiomodels.commands.arguments import AudioFile, Data, OutFolder, check_picture_file
 from audiomodels.compare.taggers import CompareTaggersConfig, TaggerComparison
 from audiomodels.data import clips, rows_of
 from audiomodels.registry import load
@@ -120,11 +120,15 @@ class Tag:
     file: AudioFile  # any sound file
     model: Folder = Path("tagger")  # one that comes with the package, or a folder of `train --model audio_transformer`
     top: int = 8  # labels shown
-    out: Annotated[Path | None, tyro.conf.arg(metavar="PNG")] = None  # the picture; default: FILE's name + _tags.png
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PNG", aliases=("-o",))] = (
+        None  # the picture; default: FILE's name + _tags.png, here
+    )
 
     def run(self) -> None:
         if self.top < 1:
             raise ValueError(f"--top must be at least 1, got {self.top}")
+        path = self.out or Path(f"{self.file.stem}_tags.png")
+        check_picture_file(path)
         model = load(self.model, TAGGERS)
         config = model.config
         audio, rate = read_audio(self.file, sample_rate=config.sample_rate)
@@ -147,7 +151,7 @@ class Tag:
         axis.set_yticks(range(len(best)), [names[i] for i in best])
         axis.set(xlabel="seconds", xlim=(0, seconds))
         fig.colorbar(image, ax=axis, pad=0.01)
-        path = self.out or Path(f"{self.file.stem}_tags.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
         fig.savefig(path)
         print(path)
 
@@ -157,7 +161,7 @@ class Spectrogram:
     """Draw audio files: waveform, spectrogram, log-frequency, mel, constant-Q; a picture for each file."""
 
     files: Files  # audio files
-    out: Folder = Path(".")  # where FILE's picture, of the same name with .png, is written
+    out: OutFolder = Path(".")  # where FILE's picture, of the same name with .png, is written
     kinds: tuple[Literal["waveform", "spectrogram", "log-frequency", "mel", "constant-Q"], ...] = plots.KINDS  # rows
 
     def run(self) -> None:
@@ -188,7 +192,7 @@ class PlotFilters:
 
     models: Models  # model folders of `train --model audio_transformer`, or of compare-taggers
     sounds: Annotated[Path | None, tyro.conf.arg(metavar="DATA")] = None  # for the controls; default: bundled clips
-    out: Folder = Path(".")  # where filters_<model>.png, its curve as .npy, and filters_curves.png are written
+    out: OutFolder = Path(".")  # where filters_<model>.png, its curve as .npy, and filters_curves.png are written
     seed: int = 0  # of the layer before training
 
     def run(self) -> None:

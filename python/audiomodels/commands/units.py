@@ -6,7 +6,7 @@ from typing import Annotated
 
 from audiomodels import textless
 from audiomodels._optional import require
-from audiomodels.audio import read_mono, write_audio
+from audiomodels.audio import read_audio, write_audio
 from audiomodels.commands.arguments import AudioFile, Data, Name, Out, check_seconds, check_sound_file
 from audiomodels.compare.representations import CompareRepresentationsConfig, RepresentationComparison
 from audiomodels.data import Recordings
@@ -45,7 +45,9 @@ class Continue:
     """Continue a recording: the sound, and what follows, by the shipped models of piano or those of `train-units`."""
 
     file: AudioFile  # audio file to continue
-    models: Path = Path("piano-units")  # name of shipped models, or folder that train-units wrote
+    models: Annotated[Path, tyro.conf.arg(aliases=("--model",))] = Path(
+        "piano-units"
+    )  # name of shipped models, or folder that train-units wrote
     seconds: float = 5.0  # of new sound
     out: Out = Path("out.wav")  # .wav or .flac
     temperature: float = 1.0  # 0: always the most probable unit and sample
@@ -57,7 +59,7 @@ class Continue:
         check_seconds(self.seconds)
         check_sound_file(self.out)
         models = textless.load(self.models)
-        audio, _ = read_mono(self.file, sample_rate=models.coder.sample_rate)
+        audio, _ = read_audio(self.file, sample_rate=models.coder.sample_rate)
         sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         sound = textless.continue_sound(models, audio, self.seconds, seed=self.seed, progress=True, **sampling)
         self.out.parent.mkdir(parents=True, exist_ok=True)

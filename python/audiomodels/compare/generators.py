@@ -23,10 +23,10 @@ from audiomodels.compare import generator_report, generator_rows
 from audiomodels.compare.bootstrap import Units
 from audiomodels.compare.generator_data import Data, load
 from audiomodels.compare.generator_rows import PROTOCOLS, Row
-from audiomodels.compare.runs import RESULT, choose_learning_rate, device_of, environment, is_done, read, write
+from audiomodels.compare.runs import RESULT, choose_learning_rate, environment, is_done, read, write
 from audiomodels.compare.score import measured, model_units, position_bits, total, trivial_units
 from audiomodels.data import Crops
-from audiomodels.train import History, Scores, TrainConfig, TrainingError, cross_entropy, fit, predict
+from audiomodels.train import History, Scores, TrainConfig, TrainingError, cross_entropy, device_of, fit, predict
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from audiomodels.code_lm import CodeLM, CodeLMConfig, code_recordings
 from audiomodels.codebook import name_of
 from audiomodels.compare import representation_report as report
 from audiomodels.compare.representation_data import Task, noisy, tasks, unlabelled
-from audiomodels.compare.runs import RESULT, choose_learning_rate, device_of, environment, is_done, read, write
+from audiomodels.compare.runs import RESULT, choose_learning_rate, environment, is_done, read, write
 from audiomodels.compare.taggers import digest_of
 from audiomodels.data import Crops, Recordings
 from audiomodels.encoders import CodeLMEncoder, Coder, Encoder, VGGEncoder
@@ -35,7 +35,7 @@ from audiomodels.probe import ProbeScore, Split, features_of, linear_probe, mlp
 from audiomodels.simclr import SimCLR, SimCLRConfig, Views, contrast
 from audiomodels.tag_data import TagClips, TagCrops
 from audiomodels.tagging import Tagging
-from audiomodels.train import Objective, TrainConfig, fit
+from audiomodels.train import Objective, TrainConfig, device_of, fit
 
 RATE = 16000
 NOISES = (30.0, 20.0, 10.0)  # decibels below the sound

@@ -26,7 +26,6 @@ from audiomodels.compare.runs import (
     RESULT,
     choose_learning_rate,
     device_name,
-    device_of,
     environment,
     is_done,
     read,
@@ -35,7 +34,7 @@ from audiomodels.compare.runs import (
 from audiomodels.tag_data import TagClips, training_data
 from audiomodels.tagger import Tagger, TaggerConfig
 from audiomodels.tagging import Tagging, TagScores, score_clips, tag_scores
-from audiomodels.train import TrainConfig, fit
+from audiomodels.train import TrainConfig, device_of, fit
 
 
 @dataclass(frozen=True)
