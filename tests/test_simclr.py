@@ -186,6 +186,7 @@ def trained(data, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_contrast_beats_a_random_encoder(trained, data):
     torch.manual_seed(1)
     random = SimCLR(CONFIG).eval()

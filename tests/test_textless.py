@@ -244,6 +244,7 @@ def test_a_wavenet_sings_the_note_of_its_code(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_tones_regenerated_from_codes_keep_their_pitch(tmp_path):
     """PatchCodes -> WaveNet: 24 tones, learned codes, 95 % within 50 cents. Two minutes of one core."""
     scale, data = range(55, 79), notes(range(55, 79))
