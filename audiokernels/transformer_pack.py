@@ -172,7 +172,7 @@ def transformer_pack(
     """Arrange a transformer's weights for transformer_generate.
 
     Args:
-        weights: float tensors on one device; E = n_embd, F = inner width, X and Y = channels and code of the context
+        weights: finite float tensors on one device; E = n_embd, F = inner width, X and Y = channels and code of the context
             network, C = condition channels:
             embedding (n_class, E), condition_weight (E, C) (optional),
             norm1_weight, norm1_bias, norm2_weight, norm2_bias (n_layer, E): before attention, before the MLP,
