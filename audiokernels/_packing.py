@@ -29,7 +29,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise TypeError or ValueError unless these are finite float tensors of the names and shapes expected, on one device."""
+    """Raise TypeError or ValueError unless these are the finite float tensors that are expected, on one device."""
     if set(weights) != set(expected):
         missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
         raise ValueError(f"weights must hold exactly {sorted(expected)}; missing {missing}, unknown {extra}")
