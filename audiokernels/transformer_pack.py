@@ -224,7 +224,7 @@ def transformer_pack(
             pad(w[f"fuse_{kind}"].unflatten(0, (halves, -1)), 1, LANES).flatten(0, 1) for kind in ("weight", "bias")
         )
         parts += pack_matrix(weight[:, None], bias, dtype)
-    scale = torch.ones(3 * shape.n_embd, device=w["embedding"].device)
+    scale = w["embedding"].new_ones(3 * shape.n_embd)
     scale[: shape.n_embd] = shape.headdim**-0.5
     for layer in range(shape.n_layer):
         weight, bias = folded("qkv", "norm1", layer)
