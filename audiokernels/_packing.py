@@ -29,7 +29,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise TypeError or ValueError unless these are float tensors of the names and shapes expected, on one device."""
+    """Raise TypeError or ValueError unless these are the finite float tensors that are expected, on one device."""
     if set(weights) != set(expected):
         missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
         raise ValueError(f"weights must hold exactly {sorted(expected)}; missing {missing}, unknown {extra}")
@@ -40,6 +40,8 @@ def check_weights(weights: Mapping[str, Tensor], expected: dict[str, tuple[int, 
             raise TypeError(f"weights[{name!r}] must be a float tensor, got {getattr(tensor, 'dtype', type(tensor))}")
         if tuple(tensor.shape) != size:
             raise ValueError(f"weights[{name!r}] must have shape {size}, got {tuple(tensor.shape)}")
+        if not tensor.is_meta and not bool(tensor.isfinite().all()):
+            raise ValueError(f"weights[{name!r}] must be finite, got NaN or infinity")
         devices.add(tensor.device)
     if len(devices) > 1:
         raise ValueError(f"weights must lie on one device, got {sorted(map(str, devices))}")

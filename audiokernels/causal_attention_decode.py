@@ -48,8 +48,9 @@ def kv_cache_update(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cach
         v_cache: the same; mutated.
         k: (batch, nheads_kv, m, headdim), dtype of the caches, m <= capacity.
         v: shape and dtype of k.
-        cache_seqlens: (batch,) int32 >= 0, positions written before this step; it may exceed the capacity. On a GPU a
-            negative one is taken modulo the capacity.
+        cache_seqlens: (batch,) int32 >= 0, positions written before this step; it may exceed the capacity. Before it
+            reaches 2^31 (37 hours at 16 kHz) subtract a multiple of the capacity that leaves at least the capacity. On
+            a GPU a negative one is taken modulo the capacity.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came; the caches are unchanged then.

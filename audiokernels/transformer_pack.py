@@ -172,8 +172,8 @@ def transformer_pack(
     """Arrange a transformer's weights for transformer_generate.
 
     Args:
-        weights: float tensors on one device; E = n_embd, F = inner width, X and Y = channels and code of the context
-            network, C = condition channels:
+        weights: finite float tensors on one device; E = n_embd, F = inner width, X and Y = channels and code of the
+            context network, C = condition channels:
             embedding (n_class, E), condition_weight (E, C) (optional),
             norm1_weight, norm1_bias, norm2_weight, norm2_bias (n_layer, E): before attention, before the MLP,
             qkv_weight (n_layer, 3E, E), qkv_bias (n_layer, 3E): q, k and v, each head after head,
@@ -224,7 +224,7 @@ def transformer_pack(
             pad(w[f"fuse_{kind}"].unflatten(0, (halves, -1)), 1, LANES).flatten(0, 1) for kind in ("weight", "bias")
         )
         parts += pack_matrix(weight[:, None], bias, dtype)
-    scale = torch.ones(3 * shape.n_embd, device=w["embedding"].device)
+    scale = w["embedding"].new_ones(3 * shape.n_embd)
     scale[: shape.n_embd] = shape.headdim**-0.5
     for layer in range(shape.n_layer):
         weight, bias = folded("qkv", "norm1", layer)

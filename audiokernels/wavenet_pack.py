@@ -108,7 +108,7 @@ def wavenet_pack(
     """Arrange a WaveNet's weights for wavenet_generate.
 
     Args:
-        weights: float tensors on one device; H = hidden (gate) channels, C = condition channels:
+        weights: finite float tensors on one device; H = hidden (gate) channels, C = condition channels:
             embedding (n_class, R), conv_weight (n_layer, 2H, R, width) as in nn.Conv1d (last tap = current sample,
             first H rows tanh, last H rows sigmoid), conv_bias (n_layer, 2H),
             condition_weight (n_layer, 2H, C) (optional),

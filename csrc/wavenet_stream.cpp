@@ -86,15 +86,21 @@ class WaveNetStream {
     return out;
   }
 
+  // Whoever waits for a reader lets other Python threads run.
   int64_t position() {
+    const py::gil_scoped_release release;
     const std::lock_guard lock(mutex_);
     return batch_ ? state_position(state_.data()) : 0;
   }
 
   Array<float> state() {
     Array<float> copy({batch_, shape_.state_floats()});
-    const std::lock_guard lock(mutex_);
-    std::copy(state_.begin(), state_.end(), copy.mutable_data());
+    float* data = copy.mutable_data();
+    {
+      const py::gil_scoped_release release;
+      const std::lock_guard lock(mutex_);
+      std::copy(state_.begin(), state_.end(), data);
+    }
     return copy;
   }
 

@@ -75,6 +75,21 @@ def test_steps_equal_the_whole_over_three_wraps(every_kernel, dtype):
     errors.check()
 
 
+def test_a_counter_may_be_set_back_by_the_capacity(kernel):
+    """A stream outlives its int32: less a multiple of the capacity, with at least the capacity left, is the same."""
+    capacity, m, window = 12, 2, 9
+    q, k, v = make((2, 4, 2, m, m, 16), torch.float32, kernel.device)
+    old = [torch.randn(2, 2, capacity, 16, device=kernel.device) for _ in range(2)]
+    results = []
+    for positions in (2**31 - 1 - m - 5, 5 * capacity + (2**31 - 1 - m - 5) % capacity, capacity + 3, 4 * capacity + 3):
+        seqlens = torch.full((2,), positions, dtype=torch.int32, device=kernel.device)
+        rings = [x.clone() for x in old]
+        kernel.update(*rings, k, v, seqlens)
+        results.append((*rings, kernel.decode(q, *rings, seqlens, scale=None, window=window)))
+    for first, second in (results[:2], results[2:]):
+        assert all(map(torch.equal, first, second))
+
+
 @pytest.mark.parametrize("chunk", [*range(1, 18)])
 def test_any_chunk_size(kernel, chunk):
     capacity, window = 40, 24

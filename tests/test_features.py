@@ -1,11 +1,12 @@
 """Spectrogram, log-frequency, mel, constant-Q: values against direct sums, and what each picture must show."""
 
+import contextlib
 import math
 
 import numpy as np
 import pytest
 import torch
-from audiomodels import features, plots
+from audiomodels import features, plots, quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RATE = 16000
@@ -250,3 +251,41 @@ def test_every_kind_is_drawn(rate, tmp_path):
     fig.savefig(tmp_path / "x.png")
     with pytest.raises(ValueError, match="kind must be one of waveform, .*; got 'bark'"):
         plots.sound(axis, "bark", audio, rate)
+
+
+@pytest.mark.parametrize("kind", ["mel", "log_spectrogram", "mu-law"])
+def test_what_is_kept_is_whole_whoever_asked_first(kind):
+    """Filter banks and tables are made once: under inference_mode, on another device, or while a model is exported."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return call(x, rate)
+
+    def call(x, rate):
+        if kind == "mu-law":
+            return quantize._mulaw_table(rate)[:4] * x.sum()
+        return getattr(features, kind)(x, rate)
+
+    def inference():
+        with torch.inference_mode():
+            call(torch.randn(1, 3000), rate)
+
+    def elsewhere():
+        with torch.device("meta"), contextlib.suppress(Exception):
+            call(torch.randn(1, 3000, device="cpu"), rate)
+
+    def export():
+        torch.export.export(Model(), (torch.randn(1, 3000),), strict=False)
+
+    for rate, first in ((8001, inference), (8002, elsewhere), (8003, export)):
+        first()
+        x = torch.randn(1, 3000, requires_grad=True)
+        y = call(x, rate)
+        assert type(y) is torch.Tensor and y.device.type == "cpu"
+        y.sum().backward()
+        assert x.grad.isfinite().all()
+
+
+def test_filters_are_the_callers_own():
+    features.mel_filters(10, 256, 8000).zero_()
+    assert features.mel_filters(10, 256, 8000).sum() > 0

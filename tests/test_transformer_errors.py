@@ -135,3 +135,16 @@ def test_the_op_itself_checks_everything_again():
         with pytest.raises((RuntimeError, ValueError, IndexError)):
             op(*arguments)
         assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torch_default_dtype_does_not_matter(dtype):
+    weights, before = weights_of(), torch.get_default_dtype()
+    expected = transformer_pack(weights, n_head=2, window=20)
+    torch.set_default_dtype(dtype)
+    try:
+        pack = transformer_pack(weights, n_head=2, window=20)
+        assert torch.equal(pack.data, expected.data)
+        assert torch.equal(transformer_state(pack, 2), STATE)
+    finally:
+        torch.set_default_dtype(before)

@@ -125,3 +125,26 @@ def test_the_gil_is_free_while_a_block_is_made():
     counting.clear()
     thread.join()
     assert sum(begun + 0.01 < t < ended - 0.01 for t in counted) >= 3
+
+
+@pytest.mark.skipif(C is None, reason="no compiled kernel in this installation")
+def test_who_waits_for_a_reader_lets_others_run():
+    """position and state() wait for the block of another thread without the GIL: a third thread keeps counting."""
+    pack = pack_of([2**i for i in range(10)], residual=64, hidden=64, skip=256, head=256, n_class=256)
+    stream = WaveNetStream(pack)
+    began = time.monotonic()
+    stream.read(200)
+    n = int(200 * 0.6 / (time.monotonic() - began))  # a block of about 0.6 s
+    for asked in (lambda: stream.position, stream.state):
+        reader = threading.Thread(target=stream.read, args=(n,))
+        waiting = threading.Thread(target=asked)
+        reader.start()
+        time.sleep(0.02)  # the reader has the lock
+        waiting.start()
+        ticks = 0
+        while reader.is_alive():
+            time.sleep(0.005)
+            ticks += 1
+        reader.join()
+        waiting.join()
+        assert ticks > 10

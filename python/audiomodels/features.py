@@ -15,11 +15,12 @@ harmonic tone that rises by k semitones moves by k * bins_per_octave / 12 bins a
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from audiomodels._constants import constant
 
 __all__ = [
     "constant_q",
@@ -89,7 +90,7 @@ def mel(
     norm: str | None = None,
 ) -> Tensor:
     """Power of the spectrogram in mel bands: mel_filters(...) @ spectrogram(...)^2, (..., n_mel, time // hop + 1)."""
-    filters = mel_filters(n_mel, n_fft, sample_rate, scale, norm).to(audio.device, _real(audio))
+    filters = _mel_filters(n_mel, n_fft, sample_rate, scale, norm).to(audio.device, _real(audio))
     return filters @ spectrogram(audio, n_fft, hop, win_length=win_length).square()
 
 
@@ -127,7 +128,6 @@ def log_bins(sample_rate: int, bins_per_octave: int = 24, f_min: float = LOWEST_
 # ------------------------------------------------------------------------------------------------------- filter banks
 
 
-@lru_cache(maxsize=16)
 def mel_filters(n_mel: int, n_fft: int, sample_rate: int, scale: str = "htk", norm: str | None = None) -> Tensor:
     """Triangular bands, evenly spaced on the mel scale from 0 to half the sample rate.
 
@@ -142,6 +142,11 @@ def mel_filters(n_mel: int, n_fft: int, sample_rate: int, scale: str = "htk", no
         (n_mel, n_fft // 2 + 1) float32, as torchaudio's melscale_fbanks transposed. A band narrower than a bin may hold
         none: its row is zero.
     """
+    return _mel_filters(n_mel, n_fft, sample_rate, scale, norm).clone()
+
+
+@constant(16)
+def _mel_filters(n_mel: int, n_fft: int, sample_rate: int, scale: str, norm: str | None) -> Tensor:
     _check_int("n_mel", n_mel, 1, 1 << 16)
     _check_int("n_fft", n_fft, 2, 1 << 24)
     if norm not in (None, "slaney"):
@@ -173,7 +178,7 @@ def mel_to_hz(mels: float, scale: str = "htk") -> float:
     raise ValueError(f"scale must be 'htk' or 'slaney', got {scale!r}")
 
 
-@lru_cache(maxsize=16)
+@constant(16)
 def _log_filters(hz: tuple[float, ...], sample_rate: int, n_fft: int, bins_per_octave: int) -> Tensor:
     """(bins, n_fft // 2 + 1), rows that sum to 1."""
     centres, step = torch.tensor(hz, dtype=torch.float64), 2 ** (1 / bins_per_octave)
@@ -184,7 +189,7 @@ def _log_filters(hz: tuple[float, ...], sample_rate: int, n_fft: int, bins_per_o
     return (filters / filters.sum(1, keepdim=True)).float()
 
 
-@lru_cache(maxsize=4)
+@constant(4)
 def _constant_q_kernels(hz: tuple[float, ...], sample_rate: int, bins_per_octave: int) -> Tensor:
     """(bins, n_fft // 2 + 1) complex64: by Parseval, kernels @ STFT without window is the sum over time.
 

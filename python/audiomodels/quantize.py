@@ -12,11 +12,12 @@ decodes to a little more than 0 (mu-law 0.00009, linear 8 bit 0.0039).
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import log1p
 
 import torch
 from torch import Tensor
+
+from audiomodels._constants import constant
 
 COMPANDINGS = ("mulaw", "linear")
 
@@ -112,13 +113,13 @@ def _look_up(table: Tensor, codes: Tensor) -> Tensor:
     return table.to(codes.device)[index]
 
 
-@lru_cache(maxsize=8)
+@constant(8)
 def _mulaw_table(n_class: int) -> Tensor:
     y = torch.arange(n_class, dtype=torch.float64) / (n_class - 1) * 2 - 1
     return (torch.sign(y) * torch.expm1(torch.abs(y) * log1p(n_class - 1)) / (n_class - 1)).float()
 
 
-@lru_cache(maxsize=2)
+@constant(2)
 def _linear_table(n_class: int) -> Tensor:
     code = torch.arange(n_class, dtype=torch.float64)
     return (code / 255 * 2 - 1 if n_class == 256 else (code - 32768) / 32768).float()

@@ -169,7 +169,7 @@ class Generate:
             name = self.out if self.batch == 1 else self.out.with_stem(f"{self.out.stem}_{row}")
             write_audio(name, audio, config.sample_rate)
             print(name)
-        rate = codes.numel() / took
+        rate = self.batch * (n + (0 if prompt is None else len(prompt))) / took
         print(f"{rate:,.0f} samples/s, {rate / self.batch / config.sample_rate:.2f} x real time a stream")
 
 
