@@ -37,10 +37,13 @@ struct HaarPool {
   const HaarColumn* columns;
   const int64_t* copied;  // [first, count, ...] channels of level 0
   int64_t n_columns, n_copied;
-  float* sums;     // (column with sums, strip, lane): of the strips; then what haar_pool_write adds to a strip's own
-  float* windows;  // as many, for causal modes
+  // (column with sums, strip, lane): of the strips; then what haar_pool_write adds to a strip's own. Causal modes: null
+  // if haar_pool_write gets all strips, and so makes the sums itself
+  float* sums;
+  float* rings;  // (column with sums, ring_strips(), lane), zeros before the first strip; causal modes
 
   __attribute__((always_inline)) int64_t strips() const { return (seqlen + kHaarStrip - 1) / kHaarStrip; }
+  __attribute__((always_inline)) int64_t ring_strips() const { return 2 * strips(); }  // 1 + 2 + 4 .. up to any level
 };
 
 // A part of the results. In place its strips are written from the last to the first.

@@ -72,11 +72,18 @@ inline Tensor empty_rows(const Tensor& x, int64_t seqlen) {
 
 constexpr int64_t kHaarGrain = 1 << 15;  // numbers below which a second thread costs more than it saves
 
+struct Alone {
+  template <class F>
+  void operator()(int64_t n, int64_t, const F& f) const {
+    f(0, n);
+  }
+};
+
 // sequences(first, last, each) for the whole batch: whole sequences a thread, or where they are few one after the
 // other, each of them shared. each(n, work, f) calls f(first, last) over 0 .. n - 1, of `work` numbers each.
 template <class Sequences>
 void over_batch(int64_t batch, int64_t numbers, const Sequences& sequences) {
-  const auto alone = [](int64_t n, int64_t, const auto& f) { f(0, n); };
+  const Alone alone;
   const auto shared = [](int64_t n, int64_t work, const auto& f) {
     torch::stable::parallel_for(0, n, kHaarGrain / work + 1, f);
   };

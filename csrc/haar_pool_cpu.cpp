@@ -1,4 +1,6 @@
 // haar_pool and haar_pool_ on the CPU: checks, threads, registration. The hot loops are *_simd.cpp; float64 is here.
+#include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "haar_cpu.h"
@@ -103,15 +105,18 @@ void pool_batch(HaarPool c, const Batch& batch, const Plan& plan, const Kernels&
   c.columns = plan.columns.data(), c.n_columns = int64_t(plan.columns.size());
   c.copied = plan.copied.data(), c.n_copied = int64_t(plan.copied.size() / 2);
   const int64_t numbers = plan.n_sums * c.strips() * kernels.lanes;
-  const bool twice = c.mode != HaarMode::block;
-  const auto sequences = [&](int64_t first, int64_t last, const auto& each) {
-    const Floats sums = new_floats(numbers * (twice ? 2 : 1));
+  const bool causal = c.mode != HaarMode::block;
+  const int64_t ring_numbers = causal ? plan.n_sums * c.ring_strips() * kernels.lanes : 0;
+  const auto sequences = [&]<class Each>(int64_t first, int64_t last, const Each& each) {
+    const bool in_order = causal && std::is_same_v<Each, Alone> && c.x != c.y;
+    const Floats sums = new_floats(in_order ? 0 : numbers), rings = new_floats(ring_numbers);
     HaarPool one = c;
-    one.sums = numbers ? sums.get() : nullptr;
-    one.windows = one.sums + (numbers && twice ? numbers : 0);
+    one.sums = numbers && !in_order ? sums.get() : nullptr;
+    one.rings = rings.get();
     for (int64_t b = first; b < last; b++) {
       one.x = static_cast<const char*>(c.x) + b * batch.x_stride * batch.bytes;
       one.y = static_cast<char*>(c.y) + b * batch.y_stride * batch.bytes;
+      std::fill_n(one.rings, ring_numbers, 0.0f);
       pool_sequence(one, kernels, each);
     }
   };

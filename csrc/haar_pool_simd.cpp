@@ -3,7 +3,8 @@
 //
 // Levels up to 3 lie within a strip (causal: and the one before). Of a higher level, first the sums of all strips are
 // taken (haar_pool_sums), then those of blocks or windows of strips (haar_pool_combine), by halves that double: nothing
-// is subtracted. haar_pool_write adds what is left of a window at either end.
+// is subtracted. haar_pool_write adds what is left of a window at either end; if it writes a whole sequence in causal
+// mode, it makes the sums too, and x is read from memory once.
 #include "haar_rows.h"
 
 namespace audiokernels {
@@ -29,10 +30,17 @@ AK_INLINE VFloat step(const HaarPool& c, const HaarColumn& column, int64_t t) {
 // ---- sums of strips, and of blocks and windows of them ----
 
 template <class D, HaarMode mode, bool whole>
+AK_INLINE void load_strip(const HaarPool& c, const HaarColumn& column, int64_t strip, Strip& v) {
+  for (int i = 0; i < kHaarStrip; i++) v[i] = step<D, mode, whole>(c, column, strip * kHaarStrip + i);
+}
+
+AK_INLINE VFloat sum_of(const Strip& v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
+
+template <class D, HaarMode mode, bool whole>
 AK_INLINE VFloat strip_sum(const HaarPool& c, const HaarColumn& column, int64_t strip) {
   Strip v;
-  for (int i = 0; i < kHaarStrip; i++) v[i] = step<D, mode, whole>(c, column, strip * kHaarStrip + i);
-  return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+  load_strip<D, mode, whole>(c, column, strip, v);
+  return sum_of(v);
 }
 
 template <class D, HaarMode mode>
@@ -79,21 +87,27 @@ void combine_blocks(const HaarPool& c, const HaarColumn& column) {
   }
 }
 
-// The sum of the strips that lie wholly in a window, the window's last one left out.
-void combine_windows(const HaarPool& c, const HaarColumn& column) {
+// The sum of the strips that lie wholly in the windows that end in `strip`, this one left out. The rings hold the sums
+// of the 1, 2, 4 .. strips before: windows of `half` strips become twice as long.
+AK_INLINE VFloat strips_before(const HaarPool& c, const HaarColumn& column, int64_t strip, VFloat window) {
   const VInt level = load_int(column.level);
-  float *sums = sums_of(c, column), *windows = c.windows + (sums - c.sums);
-  const int64_t strips = c.strips();
-  memcpy(windows, sums, strips * kLanes * sizeof(float));
-  memset(sums, 0, strips * kLanes * sizeof(float));
-  for (int l = kHaarStripLevel + 1; l <= column.high; l++) {  // windows of `half` strips become twice as long
+  float* ring = c.rings + column.sums * c.ring_strips() * kLanes;
+  VFloat sum{};
+  for (int l = kHaarStripLevel + 1; l <= column.high; l++) {
     const int64_t half = int64_t(1) << (l - kHaarStripLevel - 1);
-    for (int64_t s = strips - 1; s >= half; s--) {
-      const VFloat before = where(level >= splat_int(l), load(windows + (s - half) * kLanes));
-      store(sums + s * kLanes, load(sums + s * kLanes) + before);
-      store(windows + s * kLanes, load(windows + s * kLanes) + before);
-    }
+    float* slot = ring + (strip & (half - 1)) * kLanes;
+    const VFloat before = where(level >= splat_int(l), load(slot));
+    store(slot, window);
+    sum += before;
+    window += before;
+    ring += half * kLanes;
   }
+  return sum;
+}
+
+void combine_windows(const HaarPool& c, const HaarColumn& column) {
+  float* sums = sums_of(c, column);
+  for (int64_t s = 0; s < c.strips(); s++, sums += kLanes) store(sums, strips_before(c, column, s, load(sums)));
 }
 
 // ---- results ----
@@ -109,7 +123,7 @@ AK_INLINE void block_means(const HaarPool& c, const HaarColumn& column, int64_t 
   const int64_t left = whole ? kHaarStrip : c.seqlen - strip * kHaarStrip;
   VFloat pairs[4], fours[2], eight{};
   if (column.low <= kHaarStripLevel) {
-    for (int i = 0; i < 8; i++) v[i] = step<D, HaarMode::block, whole>(c, column, strip * kHaarStrip + i);
+    load_strip<D, HaarMode::block, whole>(c, column, strip, v);
     for (int i = 0; i < 4; i++) pairs[i] = v[2 * i] + v[2 * i + 1];
     for (int i = 0; i < 2; i++) fours[i] = pairs[2 * i] + pairs[2 * i + 1];
     eight = mean(fours[0] + fours[1], 3, left);
@@ -126,11 +140,12 @@ AK_INLINE void block_means(const HaarPool& c, const HaarColumn& column, int64_t 
 
 // Sums of windows of up to 2^top steps: each doubling adds the window before.
 template <class D, HaarMode mode, bool whole, int top>
-AK_INLINE void short_windows(const HaarPool& c, const HaarColumn& column, int64_t strip, Strip& sums) {
+AK_INLINE void short_windows(const HaarPool& c, const HaarColumn& column, int64_t strip, const Strip& x, Strip& sums) {
   constexpr int before = (1 << top) - 1, n = before + kHaarStrip;
   const VInt level = load_int(column.level);
   VFloat v[n];
-  for (int i = 0; i < n; i++) v[i] = step<D, mode, whole>(c, column, strip * kHaarStrip + i - before);
+  for (int i = 0; i < before; i++) v[i] = step<D, mode, whole>(c, column, strip * kHaarStrip + i - before);
+  for (int i = before; i < n; i++) v[i] = x[i - before];
   AK_UNROLL
   for (int l = 1, half = 1; l <= top; l++, half *= 2) AK_UNROLL
   for (int i = n - 1; i >= 2 * half - 1; i--) v[i] += where(level >= splat_int(l), v[i - half]);
@@ -140,10 +155,11 @@ AK_INLINE void short_windows(const HaarPool& c, const HaarColumn& column, int64_
 // Sums of windows of more than 8 steps: the rest of the strip that lies 2^level steps back, the strips between, and the
 // start of this one.
 template <class D, HaarMode mode, bool whole>
-AK_INLINE void long_windows(const HaarPool& c, const HaarColumn& column, int64_t strip, Strip& sums) {
+AK_INLINE void long_windows(const HaarPool& c, const HaarColumn& column, int64_t strip, const Strip& x, Strip& sums) {
   const VInt level = load_int(column.level);
   const int64_t start = strip * kHaarStrip;
-  const VFloat between = load(sums_of(c, column) + strip * kLanes);
+  const VFloat between =
+      c.sums ? load(sums_of(c, column) + strip * kLanes) : strips_before(c, column, strip, sum_of(x));
   for (int i = 0; i < kHaarStrip; i++) sums[i] = VFloat{};
   constexpr uint64_t within = (1 << (kHaarStripLevel + 1)) - 1;
   for (uint64_t left = column.levels & ~within; left; left &= left - 1) {
@@ -156,24 +172,26 @@ AK_INLINE void long_windows(const HaarPool& c, const HaarColumn& column, int64_t
   for (int i = kHaarStrip - 2; i >= 0; i--) sums[i] += sums[i + 1];
   VFloat here{};
   for (int i = 0; i < kHaarStrip; i++) {
-    here += step<D, mode, whole>(c, column, start + i);
+    here += x[i];
     sums[i] = (sums[i] + between) + here;
   }
 }
 
 template <class D, HaarMode mode, bool whole>
 AK_INLINE void window_means(const HaarPool& c, const HaarColumn& column, int64_t strip, Strip& v) {
+  Strip x;
+  load_strip<D, mode, whole>(c, column, strip, x);
   if (column.low <= kHaarStripLevel) {
     if (column.high == 1)
-      short_windows<D, mode, whole, 1>(c, column, strip, v);
+      short_windows<D, mode, whole, 1>(c, column, strip, x, v);
     else if (column.high == 2)
-      short_windows<D, mode, whole, 2>(c, column, strip, v);
+      short_windows<D, mode, whole, 2>(c, column, strip, x, v);
     else
-      short_windows<D, mode, whole, 3>(c, column, strip, v);
+      short_windows<D, mode, whole, 3>(c, column, strip, x, v);
   }
   if (column.high > kHaarStripLevel) {
     Strip sums;
-    long_windows<D, mode, whole>(c, column, strip, sums);
+    long_windows<D, mode, whole>(c, column, strip, x, sums);
     const VInt is_long = load_int(column.level) > kHaarStripLevel;
     for (int i = 0; i < kHaarStrip; i++) v[i] = column.low > kHaarStripLevel ? sums[i] : select(is_long, sums[i], v[i]);
   }
@@ -206,18 +224,18 @@ AK_INLINE void write(const HaarPool& c, const HaarColumn& column, int64_t strip)
 
 template <class D>
 AK_INLINE void copy_steps(const HaarPool& c, int64_t first, int64_t last) {
-  typedef typename D::Number Number;
-  for (int64_t t = first; t < last; t++) {
-    const char* x = (const char*)((const Number*)c.x + t * c.x_row);
-    char* y = (char*)((Number*)c.y + t * c.y_row);
-    for (int64_t run = 0; run < c.n_copied; run++) {
-      int64_t i = c.copied[2 * run] * sizeof(Number);
-      const int64_t end = i + c.copied[2 * run + 1] * sizeof(Number);
-      for (; i + int64_t(sizeof(VInt)) <= end; i += sizeof(VInt)) {
+  const int64_t bytes = sizeof(typename D::Number), x_row = c.x_row * bytes, y_row = c.y_row * bytes;
+  for (int64_t run = 0; run < c.n_copied; run++) {
+    const int64_t offset = c.copied[2 * run] * bytes, n = c.copied[2 * run + 1] * bytes;
+    const char* x = (const char*)c.x + first * x_row + offset;
+    char* y = (char*)c.y + first * y_row + offset;
+    for (int64_t t = first; t < last; t++, x += x_row, y += y_row) {
+      int64_t i = 0;
+      for (; i + int64_t(sizeof(VInt)) <= n; i += sizeof(VInt)) {
         const VInt v = load_int(x + i);
         memcpy(y + i, &v, sizeof v);
       }
-      if (i < end) memcpy(y + i, x + i, end - i);
+      if (i < n) memcpy(y + i, x + i, n - i);
     }
   }
 }

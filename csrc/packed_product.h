@@ -246,6 +246,8 @@ struct DotInt8 {
 
 // ---- out = from + matrix * in, block by block ----
 
+constexpr int kStepsAhead = 8;  // weights are fetched so many steps ahead: the hardware stops at a page's end
+
 // With several tiles on the same weights, the bus is idle from the second one on: fetch the next matrix meanwhile.
 struct Ahead {
   const uint8_t* at;
@@ -268,6 +270,7 @@ static void tile(const Block& block, int64_t first, Ahead& ahead) {
     for (int i = 0; i < A; i++) acc[b][i] = Dot::start(block, block.from.at(row(i), first + b) + lane(i), i * kLanes);
   for (int64_t left = block.steps; left > 0; left -= kSteps, x += next_group)
     for (int64_t k = left < kSteps ? left : kSteps; k > 0; k--, x += Dot::kGroup, w += block.lanes_stride) {
+      for (int i = 0; i < G && NB < 4; i++) __builtin_prefetch(w + kStepsAhead * block.lanes_stride + i * kRowLanes);
       if constexpr (NB >= 4) ahead.step(NB / 4);
       typename Dot::Weights weights[A];
       for (int i = 0; i < A; i++) weights[i] = Dot::widen(load_int(w + i * kLanes));

@@ -14,6 +14,7 @@ namespace {
 constexpr float kEpsilon = 1e-5f;  // of the norms
 constexpr double kRotaryBase = 10000.0;
 constexpr int kChains = 4;        // sums of values that run side by side
+constexpr int64_t kAhead = 1024;  // the cache is fetched so many numbers ahead: the hardware stops at a page's end
 constexpr float kFaint = -40.0f;  // a weight of e^-40 of the largest is lost in float32, and would lead to subnormals
 
 // Everything a thread needs, carved out of job.scratch.
@@ -94,8 +95,10 @@ static void score(const float* q, const float* keys, int64_t d, int64_t used, fl
   constexpr int n = kKeyBlock / kLanes;
   for (int64_t j = 0; j < used; j += kKeyBlock) {
     VFloat acc[n] = {};
-    for (int64_t i = 0; i < d; i += Cache::kGroup, keys += kKeyBlock)
+    for (int64_t i = 0; i < d; i += Cache::kGroup, keys += kKeyBlock) {
+      for (int l = 0; l < kKeyBlock; l += kRowLanes) __builtin_prefetch(keys + kAhead + l);
       for (int l = 0; l < n; l++) acc[l] = Cache::add(acc[l], keys + l * kLanes, q + i);
+    }
     for (int l = 0; l < n; l++) store(scores + j + l * kLanes, acc[l]);
   }
 }
@@ -137,9 +140,12 @@ static void sum_values(const TransformerShape& s, const float* values, int64_t u
   for (int64_t j = 0; j < used; j += kRowLanes) {
     if constexpr (first) weigh(scores + j, largest, sums);
     for (int64_t i = j; i < j + kRowLanes; i += kChains * g, values += kChains * d16)
-      for (int chain = 0; chain < kChains; chain++)
+      for (int chain = 0; chain < kChains; chain++) {
+        const float* cells = values + chain * d16;
+        for (int l = 0; l < G; l++) __builtin_prefetch(cells + kAhead + l * kRowLanes);
         for (int l = 0; l < n; l++)
-          acc[chain][l] = Cache::add(acc[chain][l], values + chain * d16 + l * kLanes, scores + i + chain * g);
+          acc[chain][l] = Cache::add(acc[chain][l], cells + l * kLanes, scores + i + chain * g);
+      }
   }
   if constexpr (first) {
     float lanes[kRowLanes];
