@@ -403,3 +403,11 @@ def test_configs_can_be_replaced():
     config = SampleTransformerConfig(**SMALL)
     assert dataclasses.replace(config, haar=True).haar_levels == (0,) * 8 + (1,) * 4 + (2, 2, 3, 4)
     assert dataclasses.replace(config, haar=True, window=4).haar_levels[-1] == 2
+
+
+def test_torch_compile_takes_the_whole_model():
+    torch.manual_seed(0)
+    model = SampleTransformer(SampleTransformerConfig(**SMALL))
+    codes = torch.randint(64, (1, 30))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(codes), model(codes))

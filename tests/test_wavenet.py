@@ -309,6 +309,12 @@ def test_wrong_calls(call, words):
         call(make(n_class=64))
 
 
+@pytest.mark.parametrize("call", [lambda m: m(torch.rand(1, 5)), lambda m: m.generate(5, [1, 2])])
+def test_sound_and_lists_are_no_codes(call):
+    with pytest.raises(TypeError, match="^(codes must be integers|prompt must be a tensor)"):
+        call(make(n_class=64))
+
+
 def test_wrong_condition_and_label():
     model = make(**VARIANTS["all, width 3"])
     codes, options = inputs(model, 2, 20)

@@ -44,6 +44,14 @@ def check_config(config: Any, limits: dict[str, tuple[int, int]]) -> None:
         raise ValueError(f"companding must be 'mulaw' or 'linear', got {config.companding!r}")
 
 
+def check_codes(codes: Tensor) -> None:
+    """TypeError or ValueError unless codes are integers (batch, time): sound itself would become code 0 everywhere."""
+    if codes.is_floating_point():
+        raise TypeError(f"codes must be integers (see audiomodels.quantize), got {codes.dtype}")
+    if codes.ndim != 2:
+        raise ValueError(f"codes must have shape (batch, time), got {tuple(codes.shape)}")
+
+
 def check_parameters(n_parameter: int) -> None:
     """ValueError for a model too large to be meant."""
     if n_parameter > MAX_PARAMETERS:
@@ -147,6 +155,11 @@ class Generator(Pretrained):
 
     @property
     def _hop(self) -> int:
+        """Samples that a frame of all that conditions lasts."""
+        return self._frame_hop
+
+    @property
+    def _frame_hop(self) -> int:
         return self.config.condition_hop if self.config.condition_channels else LABEL_HOP
 
     def _stepper(
@@ -191,6 +204,8 @@ class Generator(Pretrained):
 
 def _rows(name: str, x: Tensor, ndim: int, batch: int) -> Tensor:
     """x with `batch` rows, one row repeated if need be."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     x = x[None] if x.ndim == ndim - 1 else x
     if x.ndim != ndim or x.shape[0] not in (1, batch):
         raise ValueError(f"{name} must have {batch} rows (or one for all), got shape {tuple(x.shape)}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from audiokernels import Sampling
-from audiomodels.generator import check_config, check_parameters, start_near_levels_near
+from audiomodels.generator import check_codes, check_config, check_parameters, start_near_levels_near
 from audiomodels.step_generator import StepGenerator
 
 
@@ -103,8 +103,7 @@ class SampleRNN(nn.Module, StepGenerator):
         Returns:
             float (batch, length or time, n_class); logits[:, t] predicts codes[:, t + 1].
         """
-        if codes.ndim != 2:
-            raise ValueError(f"codes must have shape (batch, time), got {tuple(codes.shape)}")
+        check_codes(codes)
         time, big = codes.shape[1], self._big
         length = time if length is None else length
         if not 0 <= length <= time:

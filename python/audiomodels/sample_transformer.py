@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import audiokernels
-from audiomodels.generator import Generator, check_config, check_parameters, start_near_levels_near
+from audiomodels.generator import Generator, check_codes, check_config, check_parameters, start_near_levels_near
 from audiomodels.transformer_block import MLP_RATIO, Block, angles
 
 POSITIONS = ("rotary", "sinusoidal")
@@ -254,8 +254,7 @@ class SampleTransformer(nn.Module, Generator):
         Returns:
             float (batch, length or time, n_class); logits[:, t] predicts codes[:, t + 1].
         """
-        if codes.ndim != 2:
-            raise ValueError(f"codes must have shape (batch, time), got {tuple(codes.shape)}")
+        check_codes(codes)
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         batch, time = codes.shape
@@ -338,7 +337,7 @@ class SampleTransformer(nn.Module, Generator):
 
     @property
     def _hop(self) -> int:
-        return self.config.latent_patch or super()._hop
+        return self.config.latent_patch or self._frame_hop  # not super()._hop: torch.compile cannot follow that
 
     def _with_latents(self, codes: Tensor, frames: Tensor | None) -> Tensor:
         """The condition, with the latents of the patches before each frame's: (batch, frames, n_condition)."""

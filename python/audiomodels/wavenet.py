@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import audiokernels
-from audiomodels.generator import Generator, check_config, check_parameters, start_near_levels_near
+from audiomodels.generator import Generator, check_codes, check_config, check_parameters, start_near_levels_near
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,7 @@ class WaveNet(nn.Module, Generator):
         Returns:
             float (batch, length or time, n_class); logits[:, t] predicts codes[:, t + 1].
         """
-        if codes.ndim != 2:
-            raise ValueError(f"codes must have shape (batch, time), got {tuple(codes.shape)}")
+        check_codes(codes)
         batch, time = codes.shape
         length = time if length is None else length
         if not 0 <= length <= time:
