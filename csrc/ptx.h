@@ -194,6 +194,11 @@ AK_PTX void store_async(uint32_t to, const uint2& v, uint32_t bar) {
                "r"(v.y), "r"(bar)
                : "memory");
 }
+AK_PTX void store_async(uint32_t to, const uint4& v, uint32_t bar) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(to),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar)
+               : "memory");
+}
 // From this block's shared memory, 16-byte aligned; fence_async before it orders the writes that made the source.
 AK_PTX void bulk_copy(uint32_t to, uint32_t from, uint32_t bytes, uint32_t bar) {
   asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),

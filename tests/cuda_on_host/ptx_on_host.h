@@ -203,6 +203,7 @@ inline void write_async(uint32_t to, const void* value, size_t bytes, uint32_t b
 }
 inline void store_async(uint32_t to, uint32_t value, uint32_t bar) { write_async(to, &value, 4, bar); }
 inline void store_async(uint32_t to, const uint2& value, uint32_t bar) { write_async(to, &value, 8, bar); }
+inline void store_async(uint32_t to, const uint4& value, uint32_t bar) { write_async(to, &value, 16, bar); }
 inline void bulk_copy(uint32_t to, uint32_t from, uint32_t bytes, uint32_t bar) {
   host::at(from, bytes, 16, "bulk copy");
   if (bytes % 16) host::fail("a bulk copy of " + std::to_string(bytes) + " bytes: not a multiple of 16");
