@@ -26,8 +26,8 @@ TransformerCall sizes_of(const TransformerShape& s) {
   c.fusion = int(s.fusion), c.context = int(s.context), c.code = int(s.code), c.condition = int(s.condition);
   c.n_width = int(s.n_width), c.n_haar = int(s.n_haar), c.table_bytes = s.table_bytes();
   for (int64_t i = 0; i < s.n_width; i++) c.widths[i] = int32_t(s.widths[i]);
-  for (int64_t i = 0; i < s.n_haar; i++)
-    c.levels[i] = int32_t(s.haar[2 * i]), c.counts[i] = int32_t(s.haar[2 * i + 1]);
+  for (int64_t i = 0; i < s.n_haar; i++) c.levels[i] = int32_t(s.haar[2 * i]), c.counts[i] = int32_t(s.haar[2 * i + 1]);
+  c.finish();
   return c;
 }
 
@@ -37,16 +37,16 @@ std::tuple<Tensor, Tensor> _transformer_generate_cuda(Tensor weights, std::vecto
                                                       bool return_logits, std::optional<int64_t> top_k,
                                                       std::optional<double> top_p, std::vector<int64_t> plan) {
   const TransformerShape shape = transformer_shape(shape_ints.data(), int64_t(shape_ints.size()));
-  const GenerationCall arguments{weights, state, uniforms, codes, condition,
-                                 check_sampling(temperature, top_k, top_p, shape.n_class), return_logits};
+  const GenerationCall arguments{weights,      state,     uniforms,
+                                 codes,        condition, check_sampling(temperature, top_k, top_p, shape.n_class),
+                                 return_logits};
   TransformerCall call = sizes_of(shape);
   check_cuda_call({shape.pack_bytes(), shape.state_floats(), shape.n_class, shape.condition, shape.hop}, arguments,
                   call);
   STD_TORCH_CHECK(plan.size() == 2, "plan must hold the blocks of a stream and their shared bytes");
   call.blocks = int(plan[0]), call.aligned = is_aligned(shape, call);
-  return generate_on_cuda("transformer", arguments, call, [&](cudaStream_t stream) {
-    return transformer_generate_cuda(call, int(plan[1]), stream);
-  });
+  return generate_on_cuda("transformer", arguments, call,
+                          [&](cudaStream_t stream) { return transformer_generate_cuda(call, int(plan[1]), stream); });
 }
 
 // How many clusters of so many blocks the device can run at once; 0 where it cannot, for whatever reason.

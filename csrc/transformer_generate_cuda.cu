@@ -21,6 +21,7 @@ constexpr int kSubs = 8;           // lanes that share the inputs of 16 rows, fo
 constexpr int kInputParts = 4;     // warps that share the inputs of 16 rows
 constexpr int kPassGroups = 64;    // of 16 rows
 constexpr int kPoolParts = 8;      // threads that share the past rows of a channel
+constexpr int kAhead = 4;          // rows of values that a lane asks for before it makes scores
 constexpr float kEpsilon = 1e-5f;  // of the norms
 constexpr float kFaint = -40.0f;   // as on the CPU: a weight of e^-40 of the largest is lost in float32
 
@@ -28,6 +29,13 @@ __device__ inline float weight_of(float x) { return x < kFaint ? 0.0f : exp_clam
 // Opaque, so that what follows from them is not kept in registers through the whole loop.
 __device__ inline int thread_of() { return ptx::opaque(int(threadIdx.x)); }
 __device__ inline int warp_of() { return thread_of() / 32; }
+// i / by and i % by, where the quotient is small: a division takes some 40 cycles.
+struct Quotient {
+  int quotient = 0, remainder;
+  __device__ Quotient(int i, int by) : remainder(i) {
+    while (remainder >= by) remainder -= by, quotient++;
+  }
+};
 __device__ inline int lane_of() { return thread_of() % 32; }
 
 // ---- how the slices' sums, and rows that each block has some of, reach all blocks of a stream
@@ -195,11 +203,15 @@ struct Net {
     const In* inputs = prepare(in, 1, c.embd_rows());
     const int parts = lesser(kInputParts, above(m.steps, kSubs)), each = above(m.steps, parts);
     Sum* partial = reinterpret_cast<Sum*>(shared + at.partial);
-    const auto group_of = [&](int i) { return first + i / run * stride + i % run; };
+    const auto group_of = [&](int i) {
+      const Quotient at_run(i, run);
+      return first + at_run.quotient * stride + at_run.remainder;
+    };
     for (int pass = 0; pass < groups; pass += kPassGroups) {
       const int here = lesser(groups - pass, kPassGroups);
       for (int task = warp_of(); task < here * parts; task += kWarps) {
-        const int group = task % here, part = task / here, begin = part * each;
+        const Quotient which(task, here);
+        const int group = which.remainder, part = which.quotient, begin = part * each;
         Sum sums[4] = {};
         sum_group(sums, m.lanes, m.rows / 4, group_of(pass + group), begin, lesser(begin + each, m.steps),
                   inputs + begin * kWords);
@@ -223,7 +235,7 @@ struct Net {
 
   // Four rows of a slice: its taps' inputs are `width` numbers each, slice `local` of this block's.
   __device__ float4 slice_sum(const PackedMatrix& m, const Cut& cut, int local, int group, const In* in) const {
-    const int begin = (cut.first + local) / cut.repeat * (cut.width / Dot::kGroup);
+    const int begin = Quotient(cut.first + local, cut.repeat).quotient * (cut.width / Dot::kGroup);
     const int end = lesser(begin + cut.width / Dot::kGroup, m.steps), words = cut.width / Dot::kGroup * kWords;
     Sum sums[4] = {};
     float total[4] = {};
@@ -273,7 +285,8 @@ struct Net {
       const int rows = lesser(m.rows - first, at.buffer_rows), groups = rows / 16, behind = cut.count * rows;
       exchange.begin(4 * behind + (merge ? 8 * cut.count : 0), cut.blocks_with_some(c.blocks));
       for (int task = warp_of(); task < groups * cut.local(); task += kWarps) {
-        const int group = task % groups, local = task / groups;
+        const Quotient which(task, groups);
+        const int group = which.remainder, local = which.quotient;
         const float4 sums = slice_sum(m, cut, local, first / 16 + group, inputs);
         exchange.put_four((cut.first + local) * rows + 16 * group + 4 * (lane_of() % 4), sums, lane_of() / 4);
       }
@@ -317,12 +330,12 @@ struct Net {
   // Where a head's key block begins in the cache; `values` of the layer follow its keys.
   template <class Cache>
   __device__ uint32_t* keys_at(uint32_t* cache, int head, int block) const {
-    return cache + (int64_t(head) * c.capacity() + block * kKeyBlock) * c.headdim() / Cache::kGroup;
+    return cache + (int64_t(head) * c.capacity() + block * kKeyBlock) * c.headdim / Cache::kGroup;
   }
   template <class Cache>
   __device__ uint32_t* values_at(uint32_t* cache, int head, int block) const {
-    const int64_t keys = int64_t(c.n_head) * c.capacity() * c.headdim() / Cache::kGroup;
-    return cache + keys + (int64_t(head) * c.capacity() + block * kKeyBlock) * c.head_rows() / Cache::kGroup;
+    const int64_t keys = int64_t(c.n_head) * c.capacity() * c.headdim / Cache::kGroup;
+    return cache + keys + (int64_t(head) * c.capacity() + block * kKeyBlock) * c.head_rows / Cache::kGroup;
   }
   template <class Cache>
   static __device__ void write_cell(uint32_t* cell, int member, float value) {
@@ -336,11 +349,11 @@ struct Net {
   template <class Cache>
   __device__ void remember(uint32_t* cache) const {
     constexpr int g = Cache::kGroup;
-    const int d = c.headdim(), d16 = c.head_rows(), half = d / 2, block = slot / int(kKeyBlock), in_block = slot % 64;
-    const int part = block * c.parts() / c.key_blocks();
+    const int d = c.headdim, d16 = c.head_rows, half = d / 2, block = slot / int(kKeyBlock), in_block = slot % 64;
+    const int part = block * c.parts / c.key_blocks();
     float *q = floats(at.qkv), *k = q + heads.count() * d16, *v = k + heads.count() * d16;
     const auto mine = [&](int head) {
-      const int unit = head * c.parts() + part;
+      const int unit = head * c.parts + part;
       return unit >= heads.first_unit && unit < heads.end_unit;
     };
     for (int i = thread_of(); i < heads.count() * half; i += kThreads) {
@@ -368,13 +381,17 @@ struct Net {
   template <class Cache>
   __device__ void attend_some(uint32_t* cache, int head, int first, int end, const float* q, float* result) const {
     constexpr int g = Cache::kGroup;
-    const int d = c.headdim(), d16 = c.head_rows(), lane = lane_of(), quads = d16 / 4;
+    const int d = c.headdim, d16 = c.head_rows, lane = lane_of(), quads = d16 / 4;
     int width = 4;  // lanes that share a row of values, two quads of channels each beyond 32
     while (width < quads && width < 32) width *= 2;
     const int quad = lane % width, row = lane / width, rows = 32 / width;
     float most = -INFINITY, sum = 0.0f, low[4] = {}, high[4] = {};
     float* weights = floats(at.weights) + warp_of() * kKeyBlock;
-    for (int block = first; block < end && int64_t(block) * kKeyBlock <= position; block += c.subs()) {
+    for (int block = first; block < end && int64_t(block) * kKeyBlock <= position; block += c.subs) {
+      const uint32_t* values = values_at<Cache>(cache, head, block) + 4 * quad;
+      uint4 ahead[kAhead];  // of the values, on their way while the scores are made
+      for (int j = 0; j < kAhead && quad < quads && row + j * rows < kKeyBlock / g; j++)
+        ahead[j] = load_four(values + (row + j * rows) * d16);
       float scores[2] = {};
       const uint32_t* cell = keys_at<Cache>(cache, head, block) + 2 * lane;
 #pragma unroll 8
@@ -397,12 +414,16 @@ struct Net {
       *reinterpret_cast<float2*>(weights + 2 * lane) = float2{scores[0], scores[1]};
       __syncwarp();
       for (int i = 0; i < 4; i++) low[i] *= fade, high[i] *= fade;
-      const uint32_t* values = values_at<Cache>(cache, head, block) + 4 * quad;
-      if (quad < quads)
+      if (quad < quads) {
+        for (int j = 0; j < kAhead && row + j * rows < kKeyBlock / g; j++)
+          add_values<Cache>(low, ahead[j], weights + (row + j * rows) * g);
 #pragma unroll 4
-        for (int j = row; j < kKeyBlock / g; j += rows) add_values<Cache>(low, values + j * d16, weights + j * g);
+        for (int j = row + kAhead * rows; j < kKeyBlock / g; j += rows)
+          add_values<Cache>(low, load_four(values + j * d16), weights + j * g);
+      }
       if (quad + 32 < quads)
-        for (int j = 0; j < kKeyBlock / g; j++) add_values<Cache>(high, values + j * d16 + 128, weights + j * g);
+        for (int j = 0; j < kKeyBlock / g; j++)
+          add_values<Cache>(high, load_four(values + j * d16 + 128), weights + j * g);
       __syncwarp();
     }
     for (int bits = 16; bits >= width; bits /= 2)
@@ -413,8 +434,7 @@ struct Net {
       *reinterpret_cast<float4*>(result + 132 + 4 * quad) = {high[0], high[1], high[2], high[3]};
   }
   template <class Cache>
-  __device__ void add_values(float (&sums)[4], const uint32_t* cell, const float* weights) const {
-    const uint4 four = load_four(cell);
+  static __device__ void add_values(float (&sums)[4], const uint4& four, const float* weights) {
     sums[0] = Cache::add(sums[0], four.x, weights, 1);
     sums[1] = Cache::add(sums[1], four.y, weights, 1);
     sums[2] = Cache::add(sums[2], four.z, weights, 1);
@@ -423,7 +443,7 @@ struct Net {
 
   // The tasks of a unit into `attended`, normalised, and its largest score and sum into `merge`; by a warp.
   __device__ void merge_unit(float* results, float* attended, float* merge) const {
-    const int lane = lane_of(), subs = c.subs(), d16 = c.head_rows(), stride = d16 + 4;
+    const int lane = lane_of(), subs = c.subs, d16 = c.head_rows, stride = d16 + 4;
     const float mine = lane < subs ? results[lane * stride] : -INFINITY;
     const float most = warp_max(mine), sum = lane < subs ? results[lane * stride + 1] : 0.0f;
     const float weight = sum > 0.0f ? weight_of(mine - most) : 0.0f, total = warp_sum(weight * sum);
@@ -434,20 +454,22 @@ struct Net {
         value = fmaf(__shfl_sync(kAllLanes, scale, sub), results[sub * stride + 4 + (i < d16 ? i : 0)], value);
       if (i < d16) attended[i] = value;
     }
-    if (lane == 0 && c.parts() > 1) merge[0] = most, merge[1] = total;
+    if (lane == 0 && c.parts > 1) merge[0] = most, merge[1] = total;
   }
 
   template <class Cache>
   __device__ void attend(uint32_t* cache) const {
     remember<Cache>(cache);
     __syncthreads();
-    const int subs = c.subs(), d16 = c.head_rows(), stride = d16 + 4;
+    const int subs = c.subs, d16 = c.head_rows, stride = d16 + 4;
     for (int first = heads.first_unit; first < heads.end_unit; first += at.wave) {
       const int units = lesser(heads.end_unit - first, at.wave);
       for (int task = warp_of(); task < units * subs; task += kWarps) {
-        const int unit = first + task / subs, head = unit / c.parts(), part = unit % c.parts();
-        attend_some<Cache>(cache, head, c.first_key_block(part) + task % subs, c.first_key_block(part + 1),
-                           floats(at.qkv) + (head - heads.first) * d16, floats(at.states) + task * stride);
+        const Quotient unit(task, subs);
+        const Quotient head(first + unit.quotient - heads.first * c.parts, c.parts);  // of this block's
+        attend_some<Cache>(cache, heads.first + head.quotient, c.first_key_block(head.remainder) + unit.remainder,
+                           c.first_key_block(head.remainder + 1), floats(at.qkv) + head.quotient * d16,
+                           floats(at.states) + task * stride);
       }
       __syncthreads();
       for (int i = warp_of(); i < units; i += kWarps) {
@@ -580,13 +602,13 @@ struct Net {
   }
 
   __device__ void layer(const uint8_t*& p, int64_t& ring_at) {
-    const int embd = c.embd_rows(), head_groups = c.head_rows() / 16, all_groups = c.heads_rows() / 16;
+    const int embd = c.embd_rows(), head_groups = c.head_rows / 16, all_groups = c.heads_rows() / 16;
     const Cut inner = share(c.n_inner);
     const PackedMatrix qkv = read_matrix<Dot>(p, 3 * c.heads_rows(), 1, c.n_embd);
     const PackedMatrix proj = read_matrix<Dot>(p, embd, 1, c.heads_rows());
     const PackedMatrix up = read_matrix<Dot>(p, rounded(c.n_inner, 16), 1, c.n_embd);
     const PackedMatrix down = read_matrix<Dot>(p, embd, 1, c.n_inner);
-    const int64_t cache = int64_t(c.n_head) * c.capacity() * (c.headdim() + c.head_rows());
+    const int64_t cache = int64_t(c.n_head) * c.capacity() * (c.headdim + c.head_rows);
     uint32_t* cells = reinterpret_cast<uint32_t*>(state + ring_at);
     float* rows = floats(at.qkv);
     const int run = heads.count() * head_groups;
@@ -598,7 +620,7 @@ struct Net {
     else
       attend<DotBFloat16>(cells);
     ring_at += c.cache == kFloat32 ? cache : cache / 2;
-    reduce(proj, heads.cut, floats(at.attended), floats(at.x), kAdd, c.parts() > 1 ? floats(at.merge) : nullptr);
+    reduce(proj, heads.cut, floats(at.attended), floats(at.x), kAdd, c.parts > 1 ? floats(at.merge) : nullptr);
     normalize();
     rows = floats(at.inner);
     const int first = inner.first * inner.width / 16;
@@ -642,7 +664,7 @@ struct Net {
 
   __device__ void prepare_call() {
     double* turns = reinterpret_cast<double*>(shared + at.frequency);  // of a circle, from position to position
-    const double channels = double(c.positions == kRotary ? c.headdim() : c.n_embd);
+    const double channels = double(c.positions == kRotary ? c.headdim : c.n_embd);
     for (int i = thread_of(); i < c.angles(); i += kThreads)
       turns[i] = pow(10000.0, -2.0 * double(i) / channels) / 6.283185307179586476925;
     for (const auto& [from, to] : {Range{at.attended, at.merge}, Range{at.inner, at.logits}, Range{at.vector, at.taps}})

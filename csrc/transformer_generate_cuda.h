@@ -26,28 +26,34 @@ struct TransformerCall : CudaCall {
   int32_t widths[kMostWidths];
   int32_t levels[kMostRuns], counts[kMostRuns];  // of the pooling
 
-  __host__ __device__ int headdim() const { return n_embd / n_head; }
-  __host__ __device__ int head_rows() const { return rounded(headdim(), 16); }
-  __host__ __device__ int heads_rows() const { return n_head * head_rows(); }
+  // What follows from these, see finish.
+  int headdim, head_rows, parts, heads_of_slice, attention_slices, subs;
+
+  __host__ __device__ int heads_rows() const { return n_head * head_rows; }
   __host__ __device__ int embd_rows() const { return rounded(n_embd, 16); }
   __host__ __device__ int class_rows() const { return rounded(n_class, 16); }
   __host__ __device__ int context_rows() const { return rounded(context, 16); }
   __host__ __device__ int code_rows() const { return rounded(code, 16); }
   __host__ __device__ int capacity() const { return rounded(window, int(kKeyBlock)); }
   __host__ __device__ int key_blocks() const { return above(window, int(kKeyBlock)); }
-  __host__ __device__ int angles() const { return (positions == kRotary ? headdim() : n_embd + 1) / 2; }
+  __host__ __device__ int angles() const { return (positions == kRotary ? headdim : n_embd + 1) / 2; }
   __host__ __device__ int fuse_rows() const {
     return fusion == kFuseLogits ? class_rows() : fusion == kFuseAdd ? embd_rows() : n_width ? 2 * embd_rows() : 0;
   }
+  __host__ __device__ int units() const { return n_head * parts; }  // a head with a part of its keys
+  __host__ __device__ int first_key_block(int part) const {
+    return parts > 1 ? above(part * key_blocks(), parts) : part * key_blocks();
+  }
 
-  // Heads and their keys are cut alike for every batch and number of blocks: a few heads with all their keys are a
-  // slice, or, where there are few heads, one head with a part of them.
-  __host__ __device__ int parts() const { return n_head < kSlices ? lesser(kSlices / n_head, key_blocks()) : 1; }
-  __host__ __device__ int heads_of_slice() const { return above(n_head, kSlices); }
-  __host__ __device__ int attention_slices() const { return above(n_head, heads_of_slice()) * parts(); }
-  __host__ __device__ int units() const { return n_head * parts(); }  // a head with a part of its keys
-  __host__ __device__ int first_key_block(int part) const { return above(part * key_blocks(), parts()); }
-  __host__ __device__ int subs() const { return lesser(16, above(key_blocks(), parts())); }  // warps that share a unit
+  // Once the sizes are known. Heads and their keys are cut alike for every batch and number of blocks: a few heads with
+  // all their keys are a slice, or, where there are few heads, one head with a part of them.
+  void finish() {
+    headdim = n_embd / n_head, head_rows = rounded(headdim, 16);
+    parts = n_head < kSlices ? lesser(kSlices / n_head, key_blocks()) : 1;
+    heads_of_slice = above(n_head, kSlices);
+    attention_slices = above(n_head, heads_of_slice) * parts;
+    subs = lesser(16, above(key_blocks(), parts));  // warps that share a unit
+  }
 };
 
 // Inputs of a product, cut into slices whose sums are added in order; those of block `rank` are first .. end - 1.
@@ -66,7 +72,7 @@ struct Cut {
   }
   // The heads' output.
   static __host__ __device__ Cut heads(const TransformerCall& c, int rank) {
-    return share(c.heads_of_slice() * c.head_rows(), c.attention_slices(), c.parts(), rank, c.blocks);
+    return share(c.heads_of_slice * c.head_rows, c.attention_slices, c.parts, rank, c.blocks);
   }
   __host__ __device__ int local() const { return end - first; }
   __host__ __device__ int blocks_with_some(int blocks) const { return above(count, above(count, blocks)); }
@@ -78,10 +84,10 @@ struct Heads {
   int first_unit, end_unit, first, end;  // units, and the heads that they are of
 
   __host__ __device__ Heads(const TransformerCall& c, int rank) : cut(Cut::heads(c, rank)) {
-    first_unit = lesser(cut.first * c.heads_of_slice(), c.units());
-    end_unit = lesser(cut.end * c.heads_of_slice(), c.units());
-    first = first_unit / c.parts();
-    end = end_unit > first_unit ? (end_unit - 1) / c.parts() + 1 : first;
+    first_unit = lesser(cut.first * c.heads_of_slice, c.units());
+    end_unit = lesser(cut.end * c.heads_of_slice, c.units());
+    first = first_unit / c.parts;
+    end = end_unit > first_unit ? (end_unit - 1) / c.parts + 1 : first;
   }
   __host__ __device__ int units() const { return end_unit - first_unit; }
   __host__ __device__ int count() const { return end - first; }
@@ -95,7 +101,7 @@ struct TransformerPlaces {
   int buffer_rows, buffer_floats, wave;  // wave: units of attention at a time
 
   __host__ __device__ explicit TransformerPlaces(const TransformerCall& c) {
-    const int embd = c.embd_rows(), head = c.head_rows(), slice = c.heads_of_slice() * head, blocks = c.blocks;
+    const int embd = c.embd_rows(), head = c.head_rows, slice = c.heads_of_slice * head, blocks = c.blocks;
     int heads = 0, units = 0;
     for (int rank = 0; rank < blocks; rank++) {
       const Heads mine(c, rank);
@@ -113,7 +119,7 @@ struct TransformerPlaces {
     const int all_rows = larger(larger(embd, c.fuse_rows()), larger(c.context_rows(), c.code_rows()));
     buffer_rows = blocks > 1 ? all_rows : lesser(all_rows, kChunkRows);
     buffer_floats = rounded(larger(kSlices * buffer_rows + 2 * kSlices, blocks > 1 ? c.class_rows() : 0), 4) + 4;
-    wave = larger(1, lesser(units, kWaveFloats / (c.subs() * (head + 4))));
+    wave = larger(1, lesser(units, kWaveFloats / (c.subs * (head + 4))));
     int at = 0;
     const auto take = [&](int n) {
       const int offset = at;
@@ -126,7 +132,7 @@ struct TransformerPlaces {
     inner = take(4 * inner_rows), logits = take(4 * c.class_rows()), fused = take(4 * c.fuse_rows());
     vector = take(4 * vector_rows), taps = take(4 * taps_rows);
     partial = take(4 * larger(larger(4 * lesser(rows, 1024), kTransformerThreads), c.class_rows() / 16));
-    states = take(4 * wave * c.subs() * (head + 4)), weights = take(4 * kTransformerThreads / 32 * int(kKeyBlock));
+    states = take(4 * wave * c.subs * (head + 4)), weights = take(4 * kTransformerThreads / 32 * int(kKeyBlock));
     packed = take(c.dtype == kInt8 ? inputs : 0), scales = take(c.dtype == kInt8 ? 4 * kSlices * larger(width, 1) : 0);
     slots = take(4 * c.n_width), code = take(4), bars = take(16);
     buffer = take(4 * buffer_floats * (blocks > 1 ? 2 : 1));

@@ -29,6 +29,7 @@ CUDA_ON_HOST_EXPORT int generate(const int64_t* n, void** data, double temperatu
   c.pack = (uint8_t*)data[0], c.state = (float*)data[1], c.uniforms = (float*)data[2], c.codes = data[3];
   c.frames = (float*)data[4], c.out = data[5], c.logits = (float*)data[6];
   c.sampling = {float(temperature), int32_t(next()), float(top_p)};
+  c.finish();
   const int bytes = next();
   if (TransformerPlaces(c).bytes != bytes) return -TransformerPlaces(c).bytes;
   return transformer_generate_cuda(c, bytes, nullptr);
