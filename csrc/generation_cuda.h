@@ -28,4 +28,13 @@ struct CudaCall {
   Sampling sampling;
 };
 
+// Whether the current device runs a kernel's code for clusters (AK_CLUSTERS of generation_device.h): a build for other
+// architectures has an empty one.
+template <class Kernel>
+bool has_clusters(Kernel* kernel) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  return error == cudaSuccess && attributes.ptxVersion >= 90 && attributes.ptxVersion < 120;
+}
+
 }  // namespace audiokernels

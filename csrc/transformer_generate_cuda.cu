@@ -26,9 +26,12 @@ constexpr float kEpsilon = 1e-5f;  // of the norms
 constexpr float kFaint = -40.0f;   // as on the CPU: a weight of e^-40 of the largest is lost in float32
 
 __device__ inline float weight_of(float x) { return x < kFaint ? 0.0f : exp_clamped(x, -kFaint); }
+
 // Opaque, so that what follows from them is not kept in registers through the whole loop.
 __device__ inline int thread_of() { return ptx::opaque(int(threadIdx.x)); }
 __device__ inline int warp_of() { return thread_of() / 32; }
+__device__ inline int lane_of() { return thread_of() % 32; }
+
 // i / by and i % by, where the quotient is small: a division takes some 40 cycles.
 struct Quotient {
   int quotient = 0, remainder;
@@ -36,7 +39,6 @@ struct Quotient {
     while (remainder >= by) remainder -= by, quotient++;
   }
 };
-__device__ inline int lane_of() { return thread_of() % 32; }
 
 // ---- how the slices' sums, and rows that each block has some of, reach all blocks of a stream
 
@@ -759,6 +761,7 @@ cudaError_t transformer_clusters_cuda(int blocks, int shared_bytes, int* cluster
   config.attrs = &attribute;
   config.gridDim = dim3(unsigned(blocks));
   const Kernel kernel = together_kernel<DotFloat32>;
+  if (!has_clusters(kernel)) return cudaErrorInvalidValue;
   const cudaError_t error = configure(kernel, blocks, shared_bytes, &config);
   return error == cudaSuccess ? cudaOccupancyMaxActiveClusters(clusters, kernel, &config) : error;
 }

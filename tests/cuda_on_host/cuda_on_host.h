@@ -541,6 +541,13 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLau
   *clusters = 1;
   return cudaSuccess;
 }
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_host::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t) { return cuda_on_host::error_text.c_str(); }
 template <class Kernel>
