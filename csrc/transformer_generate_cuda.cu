@@ -66,7 +66,7 @@ struct Together {
   float* buffer;
   uint32_t bars;
   int blocks, floats;
-  int64_t count = 0;  // of exchanges
+  uint32_t count = 0;  // of exchanges
 
   __device__ Together(const TransformerCall& c, const TransformerPlaces& at, char* shared)
       : buffer(reinterpret_cast<float*>(shared + at.buffer)),
@@ -82,8 +82,8 @@ struct Together {
     }
     end();
   }
-  __device__ float* here() const { return buffer + (count & 1) * floats; }
-  __device__ uint32_t bar() const { return bars + 8 * uint32_t(count & 1); }
+  __device__ float* here() const { return buffer + int(count & 1) * floats; }
+  __device__ uint32_t bar() const { return bars + 8 * (count & 1); }
   // An exchange of so many bytes, made by the first `senders` blocks.
   __device__ void begin(int bytes, int senders) const {
     if (thread_of() > 0) return;
@@ -131,8 +131,8 @@ struct Net {
   int rank;
   Heads heads;
   float* state;
-  int64_t stream, start, position;
-  int code, slot;  // slot: of the ring of keys
+  int64_t position;
+  int slot;  // of the ring of keys
 
   __device__ Net(const TransformerCall& call, const TransformerPlaces& places)
       : c(call),
@@ -141,14 +141,15 @@ struct Net {
         exchange(call, places, shared),
         rank(exchange.rank()),
         heads(call, rank),
-        stream(int64_t(blockIdx.x) / call.blocks) {
-    state = c.state + stream * c.state_stride;
-    start = position = read_position(state);
-    code = int(header_number(state[2], c.n_class));
+        state(call.state + stream() * call.state_stride),
+        position(read_position(state)) {
     slot = int(position % c.capacity());
   }
 
+  __device__ int64_t stream() const { return unsigned(blockIdx.x) / unsigned(c.blocks); }
+  __device__ int64_t start() const { return read_position(state); }  // of the call: the header is written at its end
   __device__ float* floats(int offset) const { return reinterpret_cast<float*>(shared + offset); }
+  __device__ int& code() const { return *ints(at.code); }  // the last one
   __device__ int* ints(int offset) const { return reinterpret_cast<int*>(shared + offset); }
   __device__ Cut share(int n) const { return Cut::of(n, rank, c.blocks); }
 
@@ -221,15 +222,18 @@ struct Net {
         if (lane_of() < 4)
           for (int i = 0; i < 4; i++) partial[(part * here + group) * 16 + 4 * lane_of() + i] = sums[i];
       }
+      const auto row_of = [&](int i) { return 16 * group_of(pass + i / 16) + i % 16; };
+      const float first_bias = __ldg(m.bias + row_of(lesser(thread_of(), 16 * here - 1)));
       __syncthreads();
       for (int i = thread_of(); i < 16 * here; i += kThreads) {
-        const int row = 16 * group_of(pass + i / 16) + i % 16;
+        const int row = row_of(i);
+        const float bias = i < kThreads ? first_bias : __ldg(m.bias + row);
         Sum sum = partial[i];
         for (int part = 1; part < parts; part++) sum += partial[part * here * 16 + i];
         if constexpr (Dot::kByTap)
-          put(16 * pass + i, fmaf(float(sum), __ldg(m.scale + row) * floats(at.scales)[0], __ldg(m.bias + row)));
+          put(16 * pass + i, fmaf(float(sum), __ldg(m.scale + row) * floats(at.scales)[0], bias));
         else
-          put(16 * pass + i, sum + __ldg(m.bias + row));
+          put(16 * pass + i, sum + bias);
       }
       __syncthreads();
     }
@@ -294,11 +298,12 @@ struct Net {
       }
       if (merge && thread_of() < 2 * cut.local())
         exchange.put(behind + 2 * cut.first + thread_of(), merge[thread_of()]);
+      const float first_bias = __ldg(m.bias + first + lesser(thread_of(), rows - 1));  // on its way while others send
       const float* sums = exchange.finish();
       const float share = merge ? part_share(sums + behind, cut) : 1.0f;
       for (int i = thread_of(); i < rounded(rows, 32); i += kThreads) {  // whole warps
         const int row = first + (i < rows ? i : 0);
-        float total = __ldg(m.bias + row) + (finish == kAdd ? to[row] : 0.0f);
+        float total = (i < kThreads ? first_bias : __ldg(m.bias + row)) + (finish == kAdd ? to[row] : 0.0f);
         for (int s = 0; s < cut.count; s++)
           total = fmaf(__shfl_sync(kAllLanes, share, s), sums[s * rows + (i < rows ? i : 0)], total);
         if (i < rows) to[row] = finish == kRelu ? fmaxf(total, 0.0f) : total;
@@ -379,18 +384,19 @@ struct Net {
   }
 
   // Warp task of attention: the key blocks first, first + subs, .. < end of a head, with a running largest score.
-  // Leaves that, the sum of weights, and the weighted sum of values in `result`.
+  // Leaves that, the sum of weights, and the weighted sum of values in `result`: of 128 channels, from quad `from` on.
   template <class Cache>
-  __device__ void attend_some(uint32_t* cache, int head, int first, int end, const float* q, float* result) const {
+  __device__ void attend_some(uint32_t* cache, int head, int first, int end, const float* q, float* result,
+                              int from) const {
     constexpr int g = Cache::kGroup;
-    const int d = c.headdim, d16 = c.head_rows, lane = lane_of(), quads = d16 / 4;
-    int width = 4;  // lanes that share a row of values, two quads of channels each beyond 32
-    while (width < quads && width < 32) width *= 2;
+    const int d = c.headdim, d16 = c.head_rows, lane = lane_of(), quads = lesser(d16 / 4 - from, 32);
+    int width = 4;  // lanes that share a row of values
+    while (width < quads) width *= 2;
     const int quad = lane % width, row = lane / width, rows = 32 / width;
-    float most = -INFINITY, sum = 0.0f, low[4] = {}, high[4] = {};
+    float most = -INFINITY, sum = 0.0f, sums[4] = {};
     float* weights = floats(at.weights) + warp_of() * kKeyBlock;
     for (int block = first; block < end && int64_t(block) * kKeyBlock <= position; block += c.subs) {
-      const uint32_t* values = values_at<Cache>(cache, head, block) + 4 * quad;
+      const uint32_t* values = values_at<Cache>(cache, head, block) + 4 * (from + quad);
       uint4 ahead[kAhead];  // of the values, on their way while the scores are made
       for (int j = 0; j < kAhead && quad < quads && row + j * rows < kKeyBlock / g; j++)
         ahead[j] = load_four(values + (row + j * rows) * d16);
@@ -415,25 +421,21 @@ struct Net {
       sum = fmaf(sum, fade, warp_sum(scores[0] + scores[1]));
       *reinterpret_cast<float2*>(weights + 2 * lane) = float2{scores[0], scores[1]};
       __syncwarp();
-      for (int i = 0; i < 4; i++) low[i] *= fade, high[i] *= fade;
+      for (int i = 0; i < 4; i++) sums[i] *= fade;
       if (quad < quads) {
         for (int j = 0; j < kAhead && row + j * rows < kKeyBlock / g; j++)
-          add_values<Cache>(low, ahead[j], weights + (row + j * rows) * g);
+          add_values<Cache>(sums, ahead[j], weights + (row + j * rows) * g);
 #pragma unroll 4
         for (int j = row + kAhead * rows; j < kKeyBlock / g; j += rows)
-          add_values<Cache>(low, load_four(values + j * d16), weights + j * g);
+          add_values<Cache>(sums, load_four(values + j * d16), weights + j * g);
       }
-      if (quad + 32 < quads)
-        for (int j = 0; j < kKeyBlock / g; j++)
-          add_values<Cache>(high, load_four(values + j * d16 + 128), weights + j * g);
       __syncwarp();
     }
     for (int bits = 16; bits >= width; bits /= 2)
-      for (int i = 0; i < 4; i++) low[i] += __shfl_xor_sync(kAllLanes, low[i], bits);
+      for (int i = 0; i < 4; i++) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], bits);
     if (lane == 0) result[0] = most, result[1] = sum;
-    if (row == 0 && quad < quads) *reinterpret_cast<float4*>(result + 4 + 4 * quad) = {low[0], low[1], low[2], low[3]};
-    if (row == 0 && quad + 32 < quads)
-      *reinterpret_cast<float4*>(result + 132 + 4 * quad) = {high[0], high[1], high[2], high[3]};
+    if (row == 0 && quad < quads)
+      *reinterpret_cast<float4*>(result + 4 + 4 * (from + quad)) = {sums[0], sums[1], sums[2], sums[3]};
   }
   template <class Cache>
   static __device__ void add_values(float (&sums)[4], const uint4& four, const float* weights) {
@@ -469,9 +471,10 @@ struct Net {
       for (int task = warp_of(); task < units * subs; task += kWarps) {
         const Quotient unit(task, subs);
         const Quotient head(first + unit.quotient - heads.first * c.parts, c.parts);  // of this block's
-        attend_some<Cache>(cache, heads.first + head.quotient, c.first_key_block(head.remainder) + unit.remainder,
-                           c.first_key_block(head.remainder + 1), floats(at.qkv) + head.quotient * d16,
-                           floats(at.states) + task * stride);
+        const int begin = c.first_key_block(head.remainder), end = c.first_key_block(head.remainder + 1);
+        for (int from = 0; from < d16 / 4; from += 32)  // once, unless a head has more than 128 channels
+          attend_some<Cache>(cache, heads.first + head.quotient, begin + unit.remainder, end,
+                             floats(at.qkv) + head.quotient * d16, floats(at.states) + task * stride, from);
       }
       __syncthreads();
       for (int i = warp_of(); i < units; i += kWarps) {
@@ -498,7 +501,7 @@ struct Net {
     const int rows = c.context_rows();
     const float* table = reinterpret_cast<const float*>(c.pack) + int64_t(c.n_class + c.condition) * c.embd_rows();
     float *vector = floats(at.vector), *taps = floats(at.taps);
-    for (int i = thread_of(); i < rows; i += kThreads) vector[i] = __ldg(table + int64_t(code) * rows + i);
+    for (int i = thread_of(); i < rows; i += kThreads) vector[i] = __ldg(table + int64_t(code()) * rows + i);
     __syncthreads();
     const Cut cut = share(c.context);
     const int channels = cut.local() * cut.width;
@@ -529,9 +532,9 @@ struct Net {
 
   // Bias-free projection of the frame that holds the position.
   __device__ void project_condition() const {
-    const int64_t frame = frame_of(c, start, position);
+    const int64_t frame = frame_of(c, start(), position);
     const float* table = reinterpret_cast<const float*>(c.pack) + int64_t(c.n_class) * c.embd_rows();
-    const float* values = c.frames + stream * c.frames_stride[0] + frame * c.frames_stride[1];
+    const float* values = c.frames + stream() * c.frames_stride[0] + frame * c.frames_stride[1];
     for (int i = thread_of(); i < c.embd_rows(); i += kThreads) {
       float sum = 0.0f;
       for (int k = 0; k < c.condition; k++)
@@ -545,7 +548,7 @@ struct Net {
     const int rows = c.embd_rows();
     float *x = floats(at.x), *fused = floats(at.fused);
     find_angles();
-    if (c.condition && (position == start || position % c.hop == 0)) project_condition();
+    if (c.condition && (position == start() || position % c.hop == 0)) project_condition();
     if (c.n_width) {
       run_context(p, ring_at);
       const Cut cut = share(c.code);
@@ -554,7 +557,7 @@ struct Net {
     }
     __syncthreads();
     for (int i = thread_of(); i < rows; i += kThreads) {
-      float value = __ldg(reinterpret_cast<const float*>(c.pack) + int64_t(code) * rows + i);
+      float value = __ldg(reinterpret_cast<const float*>(c.pack) + int64_t(code()) * rows + i);
       if (c.fusion == kFuseAdd) value += fused[i];
       if (c.fusion == kFuseFilm) value = fmaf(value, fused[i], value) + fused[rows + i];
       if (c.condition) value += floats(at.base)[i];
@@ -622,7 +625,8 @@ struct Net {
     else
       attend<DotBFloat16>(cells);
     ring_at += c.cache == kFloat32 ? cache : cache / 2;
-    reduce(proj, heads.cut, floats(at.attended), floats(at.x), kAdd, c.parts > 1 ? floats(at.merge) : nullptr);
+    reduce(proj, Cut::heads(c, rank), floats(at.attended), floats(at.x), kAdd,
+           c.parts > 1 ? floats(at.merge) : nullptr);
     normalize();
     rows = floats(at.inner);
     const int first = inner.first * inner.width / 16;
@@ -651,17 +655,16 @@ struct Net {
     if (warp_of() == 0) {
       float* logits = floats(at.logits);
       if (c.logits && rank == 0)
-        for (int i = lane_of(); i < c.n_class; i += 32) c.logits[(stream * c.n + t) * c.n_class + i] = logits[i];
+        for (int i = lane_of(); i < c.n_class; i += 32) c.logits[(stream() * c.n + t) * c.n_class + i] = logits[i];
       __syncwarp();
-      const float u = c.uniforms[stream * c.uniforms_stride[0] + t * c.uniforms_stride[1]];
-      const int chosen = t < c.forced ? forced_code(c, stream, t) : draw(c, logits, 1, floats(at.partial), u);
+      const float u = c.uniforms[stream() * c.uniforms_stride[0] + t * c.uniforms_stride[1]];
+      const int chosen = t < c.forced ? forced_code(c, stream(), t) : draw(c, logits, 1, floats(at.partial), u);
       if (lane_of() == 0) {
-        *ints(at.code) = chosen;
-        if (rank == 0) write_code(c, stream, t, chosen);
+        code() = chosen;
+        if (rank == 0) write_code(c, stream(), t, chosen);
       }
     }
     __syncthreads();
-    code = *ints(at.code);
   }
 
   __device__ void prepare_call() {
@@ -669,18 +672,20 @@ struct Net {
     const double channels = double(c.positions == kRotary ? c.headdim : c.n_embd);
     for (int i = thread_of(); i < c.angles(); i += kThreads)
       turns[i] = pow(10000.0, -2.0 * double(i) / channels) / 6.283185307179586476925;
-    for (const auto& [from, to] : {Range{at.attended, at.merge}, Range{at.inner, at.logits}, Range{at.vector, at.taps}})
-      for (int i = from / 4 + thread_of(); i < to / 4; i += kThreads) floats(0)[i] = 0.0f;  // padding of slices
+    const auto clear = [&](int from, int to) {  // padding of slices
+      for (int i = from / 4 + thread_of(); i < to / 4; i += kThreads) floats(0)[i] = 0.0f;
+    };
+    clear(at.attended, at.merge);
+    clear(at.inner, at.logits);
+    clear(at.vector, at.taps);
     int d = 1;
     for (int layer = 0; layer < c.n_width; d *= c.widths[layer++])
       if (thread_of() == 0)
         ints(at.slots)[layer] = c.widths[layer] > 1 ? int(position % ((c.widths[layer] - 1) * d)) : 0;
+    if (thread_of() == 0) code() = int(header_number(state[2], c.n_class));
     exchange.start();
     __syncthreads();
   }
-  struct Range {
-    int from, to;
-  };
 
   __device__ void run() {
     prepare_call();
@@ -699,7 +704,7 @@ struct Net {
           at_slot = at_slot + 1 < (c.widths[i] - 1) * d ? at_slot + 1 : 0;
     }
     exchange.end();
-    if (rank == 0 && thread_of() == 0) write_header(state, position, code);
+    if (rank == 0 && thread_of() == 0) write_header(state, position, code());
   }
 };
 

@@ -80,10 +80,10 @@ struct Cut {
 
 // What a block has of the heads.
 struct Heads {
-  Cut cut;
   int first_unit, end_unit, first, end;  // units, and the heads that they are of
 
-  __host__ __device__ Heads(const TransformerCall& c, int rank) : cut(Cut::heads(c, rank)) {
+  __host__ __device__ Heads(const TransformerCall& c, int rank) {
+    const Cut cut = Cut::heads(c, rank);
     first_unit = lesser(cut.first * c.heads_of_slice, c.units());
     end_unit = lesser(cut.end * c.heads_of_slice, c.units());
     first = first_unit / c.parts;
