@@ -338,10 +338,10 @@ def _explain(pack: TransformerPack, state: Tensor, uniforms: Tensor, **_) -> Exp
         why = f"the compiled CPU kernel; {min(batch, torch.get_num_threads())} thread(s), each with a part of the batch"
     else:
         plan = transformer_generate_plan(shape, batch, gpu_facts(uniforms.device))
-        kernel, reads = plan.kernel, max(1, batch)
-        why = f"{plan.why}; {batch * plan.blocks} block(s) of {plan.shared_bytes:,} shared bytes"
+        kernel, why, reads = plan.kernel, plan.why, max(1, batch)
         if kernel != REFERENCE:
             kernel += f" ({names} cache)"
+            why += f"; {batch * plan.blocks} block(s) of {plan.shared_bytes:,} shared bytes"
     n_bytes = (pack.data.numel() * reads + batch * shape.cache_bytes()) * n
     return Explanation(kernel, why, 2 * shape.macs() * batch * n, n_bytes)
 

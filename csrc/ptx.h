@@ -181,6 +181,17 @@ AK_PTX bool mbarrier_try_wait(uint32_t bar, uint32_t parity) {
       : "memory");
   return done != 0;
 }
+// The same, but orders shared memory alone: an acquire of all memory empties the multiprocessor's L1 cache.
+AK_PTX bool mbarrier_try_wait_shared(uint32_t bar, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{.reg .pred p; mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;"
+      " fence.acquire.sync_restrict::shared::cluster.cluster;}"
+      : "=r"(done)
+      : "r"(bar), "r"(parity)
+      : "memory");
+  return done != 0;
+}
 
 // ---- asynchronous writes into a block of the cluster; they complete bytes of an mbarrier of that block
 

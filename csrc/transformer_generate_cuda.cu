@@ -98,11 +98,12 @@ struct Together {
   }
   __device__ void put(int offset, float v) const {
     const uint32_t to = ptx::shared_address(here() + offset);
+#pragma unroll 1
     for (int rank = 0; rank < blocks; rank++)
       ptx::store_async(ptx::map_shared(to, rank), __float_as_uint(v), ptx::map_shared(bar(), rank));
   }
   __device__ const float* finish() {
-    wait(bar(), count / 2);
+    wait<true>(bar(), count / 2);
     const float* received = here();
     count++;
     return received;

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from audiokernels import (
     transformer_state,
 )
 from audiokernels._gpu import Gpu
+from audiokernels.backends import REFERENCE
 from audiokernels.transformer_plan import gpu_facts, shared_bytes, transformer_generate_plan
 
 host = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -221,7 +223,7 @@ EDITS = {
     "no barrier after the sums": ("finish == kRelu ? fmaxf(total, 0.0f) : total;\n      }\n      __syncthreads();",
                                   "finish == kRelu ? fmaxf(total, 0.0f) : total;\n      }"),
     "no barrier after the norm": ("* scale : 0.0f;\n    __syncthreads();", "* scale : 0.0f;"),
-    "no wait for an exchange": ("    wait(bar(), count / 2);\n", ""),
+    "no wait for an exchange": ("    wait<true>(bar(), count / 2);\n", ""),
     "no token of a block with nothing to send": ("if (rank() >= senders) put(", "if (false) put("),
     "one buffer for all exchanges": ("return buffer + int(count & 1) * floats;", "return buffer;"),
     "the ring one slot too long": ("slot + 1 == c.capacity() ?", "slot + 1 == c.capacity() + 64 ?"),
@@ -240,12 +242,15 @@ EDITS = {
 @pytest.mark.parametrize("name", EDITS)
 def test_an_error_in_the_kernel_is_seen(name):
     """Each error gives other logits, a deadlock or a wrong access under some order of threads."""
-    sizes = {"n_head": 1, "n_embd": 32, "fusion": "logits", "haar": [1] * 16 + [2] * 16, "n_layer": 1}
-    wide = {"n_head": 16, "n_embd": 128, "n_layer": 1, "window": 1100}  # two blocks of keys a warp
-    packs = [pack_of(window=window, **sizes) for window in (65, 65, 128)] + [pack_of(**wide)]
+    if name == "sums of another largest score":  # seen where a warp has two blocks of keys
+        cases = [({"n_head": 16, "n_embd": 128, "n_layer": 1, "window": 1100}, 1120)]
+    else:  # two slices of keys
+        sizes = {"n_head": 1, "n_embd": 32, "fusion": "logits", "haar": [1] * 16 + [2] * 16, "n_layer": 1}
+        cases = [({**sizes, "window": window}, n) for window, n in ((65, 0), (65, 126), (128, 0))]
+    packs = [pack_of(**sizes) for sizes, _ in cases]
     states = [transformer_state(pack, 1) for pack in packs]
-    for i, n in ((1, 126), (3, 1120)):
-        transformer_generate(packs[i], states[i], philox_uniform(0, 1, n))
+    for pack, state, (_, n) in zip(packs, states, cases, strict=True):
+        transformer_generate(pack, state, philox_uniform(0, 1, n))
     uniforms, codes = philox_uniform(1, 1, 6), codes_of(packs[0], 1, 6)
 
     def logits_of(seed, edit=None):
@@ -285,6 +290,21 @@ def test_launcher_takes_the_planned_kernel(monkeypatch):
     assert launch(monkeypatch, H100._replace(clusters=(0, 0)), pack) == [[1, shared_bytes(pack.shape, 1)]]
     codes, _ = launch(monkeypatch, Gpu((7, 5), 46, 65536), pack)
     assert torch.equal(codes, transformer_generate(pack, transformer_state(pack, 2), philox_uniform(0, 2, 8)))
+
+
+def test_explain_names_the_plan(monkeypatch):
+    pack = pack_of(n_head=2, n_embd=32, window=70, dtype=torch.bfloat16)
+    there = SimpleNamespace(shape=pack.shape, data=SimpleNamespace(device=torch.device("cuda"), numel=pack.data.numel))
+    monkeypatch.setattr(door, "implementation", lambda *_: "CUDA C++ (sm_90a)")
+    for gpu_there, kernel, why in (
+        (H100, "cuda_cluster (bfloat16, bfloat16 cache)", "a cluster of 4 blocks a stream shares 4 slices"),
+        (H100._replace(clusters=(0, 0)), "cuda_general (bfloat16, bfloat16 cache)", "no clusters on this GPU; 2 block"),
+        (Gpu((7, 5), 46, 65536), REFERENCE, "sm_75 is older than sm_80"),
+    ):
+        monkeypatch.setattr(door, "gpu_facts", lambda _, gpu_there=gpu_there: gpu_there)
+        told = door._explain(there, None, torch.empty(2, 8))
+        assert told.kernel == kernel and why in told.why
+        assert told.bytes == 8 * 2 * (pack.data.numel() + pack.shape.cache_bytes())
 
 
 def test_launcher_checks_before_it_asks_the_device(monkeypatch):
