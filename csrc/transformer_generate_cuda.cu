@@ -160,6 +160,7 @@ struct Net {
   __device__ const In* prepare(const float* in, int vectors, int width) const {
     if constexpr (Dot::kByTap) {
       int* packed = ints(at.packed);
+#pragma unroll 1
       for (int task = warp_of(); task < vectors; task += kWarps) {
         const float* from = in + task * width;
         float largest = 0.0f;
@@ -213,6 +214,7 @@ struct Net {
     };
     for (int pass = 0; pass < groups; pass += kPassGroups) {
       const int here = lesser(groups - pass, kPassGroups);
+#pragma unroll 1
       for (int task = warp_of(); task < here * parts; task += kWarps) {
         const Quotient which(task, here);
         const int group = which.remainder, part = which.quotient, begin = part * each;
@@ -226,6 +228,7 @@ struct Net {
       const auto row_of = [&](int i) { return 16 * group_of(pass + i / 16) + i % 16; };
       const float first_bias = __ldg(m.bias + row_of(lesser(thread_of(), 16 * here - 1)));
       __syncthreads();
+#pragma unroll 1
       for (int i = thread_of(); i < 16 * here; i += kThreads) {
         const int row = row_of(i);
         const float bias = i < kThreads ? first_bias : __ldg(m.bias + row);
@@ -246,6 +249,7 @@ struct Net {
     const int end = lesser(begin + cut.width / Dot::kGroup, m.steps), words = cut.width / Dot::kGroup * kWords;
     Sum sums[4] = {};
     float total[4] = {};
+#pragma unroll 1
     for (int tap = 0; tap < m.taps; tap++) {
       const int vector = tap * cut.local() + local;
       sum_group(sums, m.lanes + int64_t(tap) * m.steps * (m.rows / 4), m.rows / 4, group, begin, end,
@@ -291,6 +295,7 @@ struct Net {
     for (int first = 0; first < m.rows; first += at.buffer_rows) {
       const int rows = lesser(m.rows - first, at.buffer_rows), groups = rows / 16, behind = cut.count * rows;
       exchange.begin(4 * behind + (merge ? 8 * cut.count : 0), cut.blocks_with_some(c.blocks));
+#pragma unroll 1
       for (int task = warp_of(); task < groups * cut.local(); task += kWarps) {
         const Quotient which(task, groups);
         const int group = which.remainder, local = which.quotient;
@@ -302,6 +307,7 @@ struct Net {
       const float first_bias = __ldg(m.bias + first + lesser(thread_of(), rows - 1));  // on its way while others send
       const float* sums = exchange.finish();
       const float share = merge ? part_share(sums + behind, cut) : 1.0f;
+#pragma unroll 1
       for (int i = thread_of(); i < rounded(rows, 32); i += kThreads) {  // whole warps
         const int row = first + (i < rows ? i : 0);
         float total = (i < kThreads ? first_bias : __ldg(m.bias + row)) + (finish == kAdd ? to[row] : 0.0f);
@@ -364,6 +370,7 @@ struct Net {
       const int unit = head * c.parts + part;
       return unit >= heads.first_unit && unit < heads.end_unit;
     };
+#pragma unroll 1
     for (int i = thread_of(); i < heads.count() * half; i += kThreads) {
       const int head = heads.first + i / half, a = i / half * d16 + i % half, b = a + half;
       float low = k[a], high = k[b];
@@ -379,6 +386,7 @@ struct Net {
       write_cell<Cache>(cells + i % half / g * kKeyBlock, i % half % g, low);
       write_cell<Cache>(cells + (i % half + half) / g * kKeyBlock, (i % half + half) % g, high);
     }
+#pragma unroll 1
     for (int i = thread_of(); i < heads.count() * d16; i += kThreads)
       if (const int head = heads.first + i / d16; mine(head))
         write_cell<Cache>(values_at<Cache>(cache, head, block) + in_block / g * d16 + i % d16, in_block % g, v[i]);
@@ -396,6 +404,7 @@ struct Net {
     const int quad = lane % width, row = lane / width, rows = 32 / width;
     float most = -INFINITY, sum = 0.0f, sums[4] = {};
     float* weights = floats(at.weights) + warp_of() * kKeyBlock;
+#pragma unroll 1
     for (int block = first; block < end && int64_t(block) * kKeyBlock <= position; block += c.subs) {
       const uint32_t* values = values_at<Cache>(cache, head, block) + 4 * (from + quad);
       uint4 ahead[kAhead];  // of the values, on their way while the scores are made
@@ -469,6 +478,7 @@ struct Net {
     const int subs = c.subs, d16 = c.head_rows, stride = d16 + 4;
     for (int first = heads.first_unit; first < heads.end_unit; first += at.wave) {
       const int units = lesser(heads.end_unit - first, at.wave);
+#pragma unroll 1
       for (int task = warp_of(); task < units * subs; task += kWarps) {
         const Quotient unit(task, subs);
         const Quotient head(first + unit.quotient - heads.first * c.parts, c.parts);  // of this block's
@@ -478,6 +488,7 @@ struct Net {
                              floats(at.qkv) + head.quotient * d16, floats(at.states) + task * stride, from);
       }
       __syncthreads();
+#pragma unroll 1
       for (int i = warp_of(); i < units; i += kWarps) {
         const int local = first - heads.first_unit + i;
         merge_unit(floats(at.states) + i * subs * stride, floats(at.attended) + local * d16,
@@ -507,9 +518,11 @@ struct Net {
     const Cut cut = share(c.context);
     const int channels = cut.local() * cut.width;
     int d = 1;
+#pragma unroll 1
     for (int layer = 0; layer < c.n_width; d *= c.widths[layer++]) {
       const int width = c.widths[layer], length = (width - 1) * d;
       const PackedMatrix m = read_matrix<Dot>(p, layer + 1 < c.n_width ? rows : c.code_rows(), width, c.context);
+#pragma unroll 1
       for (int i = thread_of(); i < channels; i += kThreads) {
         const int channel = cut.first * cut.width + i;
         const float x = channel < rows ? vector[channel] : 0.0f;
@@ -557,6 +570,7 @@ struct Net {
              kSet);
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = thread_of(); i < rows; i += kThreads) {
       float value = __ldg(reinterpret_cast<const float*>(c.pack) + int64_t(code()) * rows + i);
       if (c.fusion == kFuseAdd) value += fused[i];
@@ -607,33 +621,33 @@ struct Net {
       if (c.levels[run]) ring_at += int64_t(c.counts[run]) << c.levels[run];
   }
 
+  // Two halves of one form, norm, rows of each block, sum over all blocks: a loop, so that their code exists once.
   __device__ void layer(const uint8_t*& p, int64_t& ring_at) {
-    const int embd = c.embd_rows(), head_groups = c.head_rows / 16, all_groups = c.heads_rows() / 16;
+    const int embd = c.embd_rows(), head_groups = c.head_rows / 16, inner_rows = rounded(c.n_inner, 16);
     const Cut inner = share(c.n_inner);
-    const PackedMatrix qkv = read_matrix<Dot>(p, 3 * c.heads_rows(), 1, c.n_embd);
-    const PackedMatrix proj = read_matrix<Dot>(p, embd, 1, c.heads_rows());
-    const PackedMatrix up = read_matrix<Dot>(p, rounded(c.n_inner, 16), 1, c.n_embd);
-    const PackedMatrix down = read_matrix<Dot>(p, embd, 1, c.n_inner);
-    const int64_t cache = int64_t(c.n_head) * c.capacity() * (c.headdim + c.head_rows);
-    uint32_t* cells = reinterpret_cast<uint32_t*>(state + ring_at);
-    float* rows = floats(at.qkv);
-    const int run = heads.count() * head_groups;
-    normalize();
-    rows_of(qkv, floats(at.h), heads.first * head_groups, 3 * run, run, all_groups,
-            [&](int i, float v) { rows[i] = v; });
-    if (c.cache == kFloat32)
-      attend<DotFloat32>(cells);
-    else
-      attend<DotBFloat16>(cells);
-    ring_at += c.cache == kFloat32 ? cache : cache / 2;
-    reduce(proj, Cut::heads(c, rank), floats(at.attended), floats(at.x), kAdd,
-           c.parts > 1 ? floats(at.merge) : nullptr);
-    normalize();
-    rows = floats(at.inner);
-    const int first = inner.first * inner.width / 16;
-    const int groups = lesser(inner.end * inner.width, up.rows) / 16 - first;
-    rows_of(up, floats(at.h), first, groups, larger(groups, 1), 0, [&](int i, float v) { rows[i] = fmaxf(v, 0.0f); });
-    reduce(down, inner, rows, floats(at.x), kAdd);
+#pragma unroll 1
+    for (int half = 0; half < 2; half++) {
+      const bool mlp = half > 0;
+      const PackedMatrix in = read_matrix<Dot>(p, mlp ? inner_rows : 3 * c.heads_rows(), 1, c.n_embd);
+      const PackedMatrix out = read_matrix<Dot>(p, embd, 1, mlp ? c.n_inner : c.heads_rows());
+      const int first = mlp ? inner.first * inner.width / 16 : heads.first * head_groups;
+      const int last = lesser(inner.end * inner.width, inner_rows) / 16;
+      const int run = mlp ? last - first : heads.count() * head_groups;  // of q, of k and of v
+      float* rows = floats(mlp ? at.inner : at.qkv);
+      normalize();
+      rows_of(in, floats(at.h), first, mlp ? run : 3 * run, larger(run, 1), c.heads_rows() / 16,
+              [&](int i, float v) { rows[i] = mlp ? fmaxf(v, 0.0f) : v; });
+      if (!mlp) {
+        const int64_t cache = int64_t(c.n_head) * c.capacity() * (c.headdim + c.head_rows);
+        if (c.cache == kFloat32)
+          attend<DotFloat32>(reinterpret_cast<uint32_t*>(state + ring_at));
+        else
+          attend<DotBFloat16>(reinterpret_cast<uint32_t*>(state + ring_at));
+        ring_at += c.cache == kFloat32 ? cache : cache / 2;
+      }
+      reduce(out, mlp ? inner : Cut::heads(c, rank), floats(mlp ? at.inner : at.attended), floats(at.x), kAdd,
+             !mlp && c.parts > 1 ? floats(at.merge) : nullptr);
+    }
     if (c.n_haar) pool(ring_at);
   }
 
@@ -694,6 +708,7 @@ struct Net {
       const uint8_t* p = c.pack + c.table_bytes;
       int64_t ring_at = kStateHeader;
       embed(p, ring_at);
+#pragma unroll 1
       for (int i = 0; i < c.n_layer; i++) layer(p, ring_at);
       if (c.logits || t >= c.forced) find_logits(p);
       choose(t);
