@@ -257,6 +257,7 @@ struct Net {
       if constexpr (Dot::kByTap) {
         add_lanes(sums);
         const float scale = floats(at.scales)[vector];
+#pragma unroll
         for (int i = 0; i < 4; i++) {
           const int row = 16 * group + 4 * (lane_of() % 4) + i;
           total[i] = fmaf(float(sums[i]), __ldg(m.scale + tap * m.rows + row) * scale, total[i]);
