@@ -80,6 +80,15 @@ def check_generation(room, pack, floats, state, uniforms, codes, condition) -> N
         raise ValueError(f"condition must be given exactly for a pack with condition channels, got {came}")
 
 
+def check_frames(shape: Any, condition: Tensor, batch: int, n: int) -> None:
+    """Raise ValueError unless condition has as many frames as n samples touch, wherever in a frame they begin."""
+    least, most = (n - 1) // shape.hop + 1, (n + shape.hop - 2) // shape.hop + 1
+    frames = condition.shape[1]
+    if n and ((condition.shape[0], condition.shape[2]) != (batch, shape.condition) or not least <= frames <= most):
+        expected = f"({batch}, {least} .. {most}, {shape.condition})"
+        raise ValueError(f"condition must have shape {expected} (hop {shape.hop}), got {tuple(condition.shape)}")
+
+
 def check_values(room, shape, state, uniforms, codes, condition) -> None:
     """The same for what tensors hold, and for the frames of condition, which depend on the position."""
     if uniforms.numel() and not bool(((uniforms >= 0) & (uniforms < 1)).all()):

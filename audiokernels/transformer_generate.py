@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from audiokernels._checks import refuse_grad
 from audiokernels._generation import (
     HEADER,
+    check_frames,
     check_generation,
     check_values,
     fresh_state,
@@ -31,11 +32,20 @@ from audiokernels._packing import LANES, round_up
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.sampling import Sampling
 from audiokernels.transformer_pack import KEY_BLOCK, TransformerPack, TransformerShape, transformer_unpack
+from audiokernels.transformer_plan import gpu_facts, transformer_generate_plan
 
 lib.define(
     "transformer_generate(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
     "Tensor? condition, float temperature, bool return_logits, SymInt? top_k=None, float? top_p=None) -> "
     "(Tensor, Tensor)"
+)
+lib.define(  # the kernel for GPUs; plan: TransformerPlan.to_ints()
+    "_transformer_generate_cuda(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
+    "Tensor? condition, float temperature, bool return_logits, SymInt? top_k, float? top_p, SymInt[] plan) -> "
+    "(Tensor, Tensor)"
+)
+lib.define(  # that the device runs at once
+    "_transformer_clusters(Tensor device, SymInt blocks, SymInt shared_bytes) -> SymInt"
 )
 
 NORM_EPSILON = 1e-5
@@ -107,7 +117,8 @@ def transformer_generate(
             m = n.
         condition: float32 (batch, frames, condition_channels), raw; frame i holds for samples i * hop ..
             (i + 1) * hop - 1 of the stream. Pass the frames that these n samples touch, the first one being that of
-            the state's position.
+            the state's position. (On a GPU the position is not asked for: one frame too many is ignored, and where
+            one is missing, the last one holds on.)
         temperature: >= 0; logits are divided by it; 0 takes the largest logit.
         top_k, top_p: draw only from the k most probable classes, then only from the smallest set of most probable ones
             that holds the share p of what is left; see Sampling.
@@ -117,7 +128,9 @@ def transformer_generate(
         codes (batch, n), uint8 up to 256 classes, int16 above; with return_logits also float32
         (batch, n, n_class), the logits from which codes[:, t] was drawn.
         On one kernel the codes do not depend on chunking, batch position or threads; on the CPU in float32 and int8
-        not on the instruction set either.
+        not on the instruction set either, on a GPU not on the number of blocks. There the call returns before they are
+        drawn, and numbers out of range in uniforms, codes or the state, which are errors on the CPU, give codes that
+        mean nothing.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came; the state is unchanged then.
@@ -297,28 +310,52 @@ def _fake(data, shape_ints, state, uniforms, codes, condition, temperature, retu
     return out, uniforms.new_empty((batch, n, shape.n_class) if return_logits else (0,))
 
 
-def transformer_generate_plan(device: str, batch: int, threads: int) -> tuple[str, str]:
-    """(kernel, why) of a call on "cpu" or "cuda", from what is compiled and registered here.
-
-    The place where a GPU kernel of its own (a thread-block cluster, or the general path) will be chosen by shape.
-    """
-    served = implementation("transformer_generate", device)
-    if served.startswith(REFERENCE):
-        return REFERENCE, served.removeprefix(f"{REFERENCE}: ")
-    return served, f"the compiled {device} kernel; {min(batch, threads)} thread(s), each with a part of the batch"
+def _launch(data, shape_ints, state, uniforms, codes, condition, temperature, return_logits, *tops):
+    """The op on a CUDA device: the kernel that the plan names. Waits for nothing, so that a graph can capture it."""
+    shape = TransformerShape.from_ints(shape_ints)
+    top_k, top_p = (*tops, None, None)[:2]  # the dispatcher leaves out what has its default
+    Sampling(temperature, top_k, top_p)
+    check_generation(
+        "transformer", TransformerPack(data, shape), state_floats(shape), state, uniforms, codes, condition
+    )
+    if condition is not None:
+        check_frames(shape, condition, *uniforms.shape)
+    arguments = (data, shape_ints, state, uniforms, codes, condition, temperature, return_logits, top_k, top_p)
+    plan = transformer_generate_plan(shape, uniforms.shape[0], gpu_facts(uniforms.device))
+    if plan.kernel == REFERENCE:
+        return transformer_generate_ref(*arguments)
+    return _cuda_op(*arguments, plan.to_ints())
 
 
 def _explain(pack: TransformerPack, state: Tensor, uniforms: Tensor, **_) -> Explanation:
-    batch, n = uniforms.shape
-    shape = pack.shape
-    kernel, why = transformer_generate_plan(pack.data.device.type, batch, torch.get_num_threads())
-    if kernel != REFERENCE:
-        names = [str(dtype).removeprefix("torch.") for dtype in (shape.dtype, shape.cache_dtype)]
-        kernel = kernel.removesuffix(")") + f", {names[0]}, {names[1]} cache)"
-    return Explanation(kernel, why, 2 * shape.macs() * batch * n, (pack.data.numel() + batch * shape.cache_bytes()) * n)
+    (batch, n), shape, device = uniforms.shape, pack.shape, pack.data.device.type
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in (shape.dtype, shape.cache_dtype))
+    served, reads = implementation("transformer_generate", device), 1  # of the pack, a step
+    if served.startswith(REFERENCE):
+        kernel, why = REFERENCE, served.removeprefix(f"{REFERENCE}: ")
+    elif device == "cpu":
+        kernel = f"{served.removesuffix(')')}, {names} cache)"
+        why = f"the compiled CPU kernel; {min(batch, torch.get_num_threads())} thread(s), each with a part of the batch"
+    else:
+        plan = transformer_generate_plan(shape, batch, gpu_facts(uniforms.device))
+        kernel, why, reads = plan.kernel, plan.why, max(1, batch)
+        if kernel != REFERENCE:
+            kernel += f" ({names} cache)"
+            why += f"; {batch * plan.blocks} block(s) of {plan.shared_bytes:,} shared bytes"
+    n_bytes = (pack.data.numel() * reads + batch * shape.cache_bytes()) * n
+    return Explanation(kernel, why, 2 * shape.macs() * batch * n, n_bytes)
+
+
+def _has_cuda_kernels() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("audiokernels::_transformer_generate_cuda", "CUDA")
 
 
 lib.impl("transformer_generate", transformer_generate_ref, "CompositeExplicitAutograd")
+if _has_cuda_kernels():
+    lib.impl("transformer_generate", _launch, "CUDA")
 torch.library.register_fake("audiokernels::transformer_generate", _fake, lib=lib)
+torch.library.register_fake("audiokernels::_transformer_generate_cuda", _fake, lib=lib)
+torch.library.register_fake("audiokernels::_transformer_clusters", lambda device, blocks, shared_bytes: 0, lib=lib)
 describe("transformer_generate", _explain)
 _op = torch.ops.audiokernels.transformer_generate.default
+_cuda_op = torch.ops.audiokernels._transformer_generate_cuda.default

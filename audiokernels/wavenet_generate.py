@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from audiokernels._checks import refuse_grad
 from audiokernels._generation import (
     HEADER,
+    check_frames,
     check_generation,
     check_values,
     fresh_state,
@@ -208,14 +209,8 @@ def _launch(data, shape_ints, state, uniforms, codes, condition, temperature, re
     top_k, top_p = (*tops, None, None)[:2]  # the dispatcher leaves out what has its default
     Sampling(temperature, top_k, top_p)
     check_arguments(WaveNetPack(data, shape), state, uniforms, codes, condition)
-    batch, n = uniforms.shape
-    if condition is not None and n:
-        least, most = (n - 1) // shape.hop + 1, (n + shape.hop - 2) // shape.hop + 1  # by where in a frame it begins
-        if (condition.shape[0], condition.shape[2]) != (batch, shape.condition) or not (
-            least <= condition.shape[1] <= most
-        ):
-            expected = f"({batch}, {least} .. {most}, {shape.condition})"
-            raise ValueError(f"condition must have shape {expected} (hop {shape.hop}), got {tuple(condition.shape)}")
+    if condition is not None:
+        check_frames(shape, condition, *uniforms.shape)
     plan = _plan(shape, uniforms)
     arguments = (data, shape_ints, state, uniforms, codes, condition, temperature, return_logits, top_k, top_p)
     if plan.kernel == REFERENCE:

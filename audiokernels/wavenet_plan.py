@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from audiokernels._gpu import Gpu, device_facts
 from audiokernels._packing import LANES, round_up
 from audiokernels.backends import REFERENCE
 from audiokernels.wavenet_pack import WaveNetShape
@@ -25,15 +26,6 @@ LOCAL_LAYERS = {32: 5, 64: 5, 128: 1}  # of a block of a cluster, by residual ch
 MOST_TILES = 4  # of 16 rows of skip, head or classes, of a block of a cluster
 HELD_TILES = 16  # of 16 inputs: skip weights that a warp keeps in registers
 MOST_GROUPS = 4  # by estimate, a step of a group takes about four times as long as its stay in a block
-
-
-class Gpu(NamedTuple):
-    """What a plan needs to know of a GPU."""
-
-    capability: tuple[int, int]
-    multiprocessors: int
-    shared_memory: int  # bytes that one block may have
-    clusters: tuple[int, int] = (0, 0)  # of 8 and of 16 blocks, a block a multiprocessor: how many run at once
 
 
 class WaveNetPlan(NamedTuple):
@@ -148,18 +140,12 @@ def general_bytes(shape: WaveNetShape, streams: int) -> int:
 @lru_cache
 def gpu_facts(device: torch.device) -> Gpu:
     """The Gpu of a CUDA device. Clusters are counted for the standard model of 20 and of 40 layers."""
-    properties = torch.cuda.get_device_properties(device)
-    clusters = (0, 0)
-    if properties.major >= 9:
-        probe = torch.empty(0, device=device)
-        count = torch.ops.audiokernels._wavenet_clusters.default
-        shapes = [
-            WaveNetShape(torch.float16, 64, 64, 256, 256, 256, 2, 0, 1, (1,) * layers).to_ints() for layers in (20, 40)
-        ]
-        clusters = (count(probe, shapes[0], [1, 4, 4]), count(probe, shapes[1], [1, 8, 8]))
-    return Gpu(
-        (properties.major, properties.minor),
-        properties.multi_processor_count,
-        properties.shared_memory_per_block_optin,
-        clusters,
-    )
+    facts = device_facts(device)
+    if facts.capability < (9, 0):
+        return facts
+    probe = torch.empty(0, device=device)
+    count = torch.ops.audiokernels._wavenet_clusters.default
+    shapes = [
+        WaveNetShape(torch.float16, 64, 64, 256, 256, 256, 2, 0, 1, (1,) * layers).to_ints() for layers in (20, 40)
+    ]
+    return facts._replace(clusters=(count(probe, shapes[0], [1, 4, 4]), count(probe, shapes[1], [1, 8, 8])))

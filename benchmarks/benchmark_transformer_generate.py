@@ -8,6 +8,9 @@ keys and values, and the same with its layers under torch.compile (audiomodels.p
 together; ratios are multiples of the eager ring in the same batch and run. Limits in the same table: reading the pack
 and the cache once a sample, torch.mm, a large copy. At batch 1 the reading limit is also given as a multiple of the
 eager ring: a target above it cannot be met on this machine by any kernel that reads them.
+
+On a GPU the other sides are one step of PyTorch in bfloat16: eager, replayed as a CUDA graph, and compiled before that;
+ratios are multiples of the last.
 """
 
 import argparse
@@ -15,6 +18,8 @@ from collections.abc import Callable
 
 import common
 import torch
+import transformer_peers
+import wavenet_peers
 from torch import Tensor
 
 from audiokernels import (
@@ -40,6 +45,8 @@ TARGETS = {  # multiples of the eager ring on one core at batch 1
     ("8 layers, 8 heads", "float32"): 6,
     ("8 layers, 8 heads", "bfloat16"): 10,
 }
+GPU_TARGETS = {"3 layers, 4 heads": 64_000, "8 layers, 8 heads": 32_000}  # samples/s of an H100 at batch 1
+GRAPH = "PyTorch, compiled, CUDA graph"
 EAGER, COMPILED = "eager ring of keys and values", "the same, torch.compile"
 
 
@@ -79,7 +86,7 @@ class Bench:
         self.slow = told.kernel == REFERENCE
         if self.slow:
             print(f"transformer_generate on {self.device} takes the {told.kernel}: {told.why}")
-        self.n = 4 if self.quick or self.slow else 64  # samples a call
+        self.n = 4 if self.quick or self.slow else 64 if self.device == "cpu" else 2048  # samples a call
         self.rounds, self.seconds = (2, 0.01) if self.quick else (9, 0.2)
         self.peers = common.optional("audiomodels.peers")
 
@@ -107,6 +114,9 @@ class Bench:
             _, logits = transformer_generate(pack, state, uniforms, codes=codes, return_logits=True)
             error = float((logits - expected).abs().max()) / largest
             common.gate(f"{name}: teacher-forced logits against the float32 reference", error, BOUNDS[name])
+        step = transformer_peers.KeyValueStep(self.weights, self.n_head, self.window, batch)
+        drawn = step.generate(uniforms)
+        common.gate("draws of the captured peer", common.off_edge(codes, drawn, expected, uniforms), EDGE)
         if self.peers:
             for rows in (batch, 1):
                 drawn = self.peer(rows).generate(uniforms[:rows])
@@ -150,6 +160,40 @@ class Bench:
             rows += self.reading(times[EAGER])
         return rows
 
+    # ---- on a GPU
+
+    def gpu_rows(self, batch: int) -> list[common.Row]:
+        sides = {name: self.kernel(pack, batch) for name, pack in self.packs.items()}
+        work = dict.fromkeys(sides, batch * self.n)
+        for name, step in self.gpu_peers(batch).items():
+            sides[name], work[name] = step, batch
+        times = common.interleave(sides, self.clock, rounds=self.rounds, seconds=self.seconds)
+        rows = []
+        for name, timing in times.items():
+            ours = name in DTYPES
+            row = common.rate_row(f"GPU, {self.name}, batch {batch}", "transformer_generate" if ours else name, timing,
+                                  work[name], "samples/s", dtype=name if ours else "bfloat16", batch=batch)  # fmt: skip
+            if ours:
+                row.note = self.explain(name, batch).kernel
+                if batch == 1 and name == "bfloat16":
+                    row.note += f"; goal on an H100: {GPU_TARGETS[self.name]:,}"
+            if GRAPH in times and name != GRAPH:
+                row.ratio, row.ratio_to = row.median / (batch / times[GRAPH].median), GRAPH
+            rows.append(row)
+        return rows
+
+    def gpu_peers(self, batch: int) -> dict[str, Callable[[], object]]:
+        """One step a call, the rings full."""
+        half = {name: tensor.to(torch.bfloat16) for name, tensor in self.weights.items()}
+        steps = [transformer_peers.KeyValueStep(half, self.n_head, self.window, batch) for _ in range(3)]
+        for step in steps:
+            step.uniform.copy_(self.uniforms(batch, 1))
+            step.fill()
+        made = {"PyTorch, eager": steps[0], "PyTorch, CUDA graph": wavenet_peers.captured(steps[1], compiled=False)}
+        if not self.quick:
+            made[GRAPH] = wavenet_peers.captured(steps[2], compiled=True)
+        return made
+
     def reading(self, eager: common.Timing) -> list[common.Row]:
         """What reading pack and cache once a sample allows at most, as the rows of the kernel are given."""
         rows = []
@@ -184,7 +228,7 @@ def main() -> None:
             bench = Bench(name, arguments, clock)
             bench.check()
             for batch in (1, 16):
-                rows += bench.rows(batch)
+                rows += bench.gpu_rows(batch) if bench.device == "cuda" else bench.rows(batch)
         rows += bench.limits()
     common.finish("transformer_generate", rows, arguments)
 

@@ -181,6 +181,17 @@ AK_PTX bool mbarrier_try_wait(uint32_t bar, uint32_t parity) {
       : "memory");
   return done != 0;
 }
+// The same, but orders shared memory alone: an acquire of all memory empties the multiprocessor's L1 cache.
+AK_PTX bool mbarrier_try_wait_shared(uint32_t bar, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{.reg .pred p; mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;"
+      " fence.acquire.sync_restrict::shared::cluster.cluster;}"
+      : "=r"(done)
+      : "r"(bar), "r"(parity)
+      : "memory");
+  return done != 0;
+}
 
 // ---- asynchronous writes into a block of the cluster; they complete bytes of an mbarrier of that block
 
@@ -192,6 +203,11 @@ AK_PTX void store_async(uint32_t to, uint32_t value, uint32_t bar) {
 AK_PTX void store_async(uint32_t to, const uint2& v, uint32_t bar) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.u32 [%0], {%1,%2}, [%3];" ::"r"(to), "r"(v.x),
                "r"(v.y), "r"(bar)
+               : "memory");
+}
+AK_PTX void store_async(uint32_t to, const uint4& v, uint32_t bar) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(to),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar)
                : "memory");
 }
 // From this block's shared memory, 16-byte aligned; fence_async before it orders the writes that made the source.

@@ -39,6 +39,9 @@ struct TransformerShape {
   int64_t scratch_floats(int64_t batch) const;  // see Scratch in transformer_generate_simd.cpp
 };
 
+// Reads and checks the ints of the op's schema; the shape points into them.
+TransformerShape transformer_shape(const int64_t* ints, int64_t count);
+
 #define AUDIOKERNELS_DECLARE(isa)                                                \
   namespace isa {                                                                \
   void transformer_run(const TransformerShape& shape, const GenerationJob& job); \

@@ -68,15 +68,11 @@ int64_t TransformerShape::scratch_floats(int64_t batch) const {
   return batch * (rows + max_inputs()) + capacity() + 3 * heads_rows() + max_inputs() + embd + 2 * kRowLanes;
 }
 
-namespace {
-
-TransformerShape read_shape(const std::vector<int64_t>& ints) {
+TransformerShape transformer_shape(const int64_t* p, int64_t count) {
   const auto require = [](bool ok, const char* rule) {
     if (!ok) throw std::invalid_argument(std::string("shape: ") + rule);
   };
-  const int64_t count = int64_t(ints.size());
   require(count >= kShapeInts, "fifteen sizes, then widths and levels");
-  const int64_t* p = ints.data();
   TransformerShape s{p[0], p[1],  p[2],  p[3],  p[4],  p[5],  p[6],           p[7],    p[8],
                      p[9], p[10], p[11], p[12], p[13], p[14], p + kShapeInts, nullptr, 0};
   require(s.n_width >= 0 && s.n_width <= count - kShapeInts, "as many widths as it says");
@@ -115,6 +111,8 @@ TransformerShape read_shape(const std::vector<int64_t>& ints) {
   return s;
 }
 
+namespace {
+
 void run_part(const TransformerShape& shape, const GenerationJob& job) {
 #define AUDIOKERNELS_CASE(name) \
   case Isa::name: return name::transformer_run(shape, job);
@@ -131,7 +129,7 @@ std::tuple<Tensor, Tensor> transformer_generate(Tensor weights, std::vector<int6
                                                 Tensor uniforms, std::optional<Tensor> codes,
                                                 std::optional<Tensor> condition, double temperature, bool return_logits,
                                                 std::optional<int64_t> top_k, std::optional<double> top_p) {
-  const TransformerShape shape = read_shape(shape_ints);
+  const TransformerShape shape = transformer_shape(shape_ints.data(), int64_t(shape_ints.size()));
   const GenerationSizes sizes{shape.pack_bytes(), shape.state_floats(), shape.n_class, shape.condition, shape.hop};
   return generate(sizes,
                   {weights, state, uniforms, codes, condition, check_sampling(temperature, top_k, top_p, shape.n_class),

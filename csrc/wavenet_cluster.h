@@ -2,7 +2,8 @@
 // wavenet_cluster_cuda.cu says how a cluster works.
 #pragma once
 
-#include "wavenet_device.h"
+#include "generation_device.h"
+#include "wavenet_generate_cuda.h"
 
 namespace audiokernels {
 namespace {
@@ -71,18 +72,7 @@ struct Places {
   }
 };
 
-// sm_120 has clusters too, but not the shared memory.
-#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
-#define AK_CLUSTERS
-
-// Ends when the phase of that parity has; a wait for a block that failed ends the launch with an error.
-__device__ inline void wait(uint32_t bar, int64_t phase) {
-  if (ptx::mbarrier_try_wait(bar, uint32_t(phase & 1))) return;
-  constexpr uint64_t kPatience = 20'000'000'000ull;
-  const uint64_t start = ptx::nanoseconds();
-  while (!ptx::mbarrier_try_wait(bar, uint32_t(phase & 1)))
-    if (ptx::nanoseconds() - start > kPatience) ptx::trap();
-}
+#ifdef AK_CLUSTERS
 
 // A packed matrix of 16-bit weights: bias float32 (rows), words (taps, steps, rows) of two inputs each.
 struct Matrix {

@@ -90,7 +90,8 @@ cudaError_t wavenet_cluster_most(const WaveNetCall& call, const WaveNetCluster& 
   cudaLaunchConfig_t config{};
   config.attrs = &attribute;
   const cudaError_t error = configure(call, cluster, &kernel, &config);
-  return error == cudaSuccess ? cudaOccupancyMaxActiveClusters(clusters, kernel, &config) : error;
+  if (error != cudaSuccess) return error;
+  return has_clusters(kernel) ? cudaOccupancyMaxActiveClusters(clusters, kernel, &config) : cudaErrorInvalidValue;
 }
 
 }  // namespace audiokernels

@@ -3,9 +3,8 @@
 //
 // A thread has four outputs (one 16-byte load reads their weights for a step of inputs) and one of several slices of
 // the inputs; the slices' sums are added in order, so that a sum has one tree whatever the batch.
-#include <cuda_fp16.h>
-
-#include "wavenet_device.h"
+#include "generation_device.h"
+#include "wavenet_generate_cuda.h"
 
 namespace audiokernels {
 namespace {
@@ -13,58 +12,10 @@ namespace {
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kRowsOfThread = 4;
 
-// ---- the inner product of each pack type: inputs in a 32-bit lane, and how one lane of weights is added
-
-struct FloatSums {
-  using Sum = float;
-  using In = float;
-  static constexpr bool kByTap = false;
-};
-struct DotFloat32 : FloatSums {
-  static constexpr int kGroup = 1;
-  static __device__ float add(float sum, uint32_t w, const float* in, int) {
-    return fmaf(__uint_as_float(w), in[0], sum);
-  }
-};
-struct DotBFloat16 : FloatSums {
-  static constexpr int kGroup = 2;
-  static __device__ float add(float sum, uint32_t w, const float* in, int next) {
-    return fmaf(__uint_as_float(w & 0xffff0000u), in[next], fmaf(__uint_as_float(w << 16), in[0], sum));
-  }
-};
-struct DotFloat16 : FloatSums {
-  static constexpr int kGroup = 2;
-  static __device__ float widen(uint32_t w) { return __half2float(__ushort_as_half(uint16_t(w))); }
-  static __device__ float add(float sum, uint32_t w, const float* in, int next) {
-    return fmaf(widen(w >> 16), in[next], fmaf(widen(w), in[0], sum));
-  }
-};
-struct DotInt8 {  // a tap at a time: each has scales of its own
-  using Sum = int;
-  using In = int;
-  static constexpr bool kByTap = true;
-  static constexpr int kGroup = 4;
-  static __device__ int add(int sum, uint32_t w, const int* in, int) { return __dp4a(int(w), in[0], sum); }
-};
-
-struct Matrix {
-  const float* bias;   // (rows)
-  const float* scale;  // int8: (taps, rows)
-  const uint4* lanes;  // (taps, steps, rows) of 32 bits, four rows a uint4
-  int rows, taps, steps;
-};
-
-template <class Dot>
-__device__ Matrix read_matrix(const uint8_t*& p, int rows, int taps, int inputs) {
-  Matrix m{reinterpret_cast<const float*>(p), nullptr, nullptr, rows, taps, (inputs + Dot::kGroup - 1) / Dot::kGroup};
-  p += 4 * rows;
-  if (Dot::kByTap) {
-    m.scale = reinterpret_cast<const float*>(p);
-    p += 8 * taps * rows;  // the offsets behind them are for other kernels
-  }
-  m.lanes = reinterpret_cast<const uint4*>(p);
-  p += int64_t{4} * taps * m.steps * rows;
-  return m;
+// tanh(a) * sigmoid(b)
+__device__ inline float gate(float a, float b) {
+  const float ea = exp_clamped(-2.0f * a, 30.0f), eb = exp_clamped(-b, 30.0f);
+  return (1.0f - ea) / ((1.0f + ea) * (1.0f + eb));
 }
 
 // ---- shared memory; vectors of all streams side by side, element i of stream b at [i * NB + b]
@@ -140,7 +91,7 @@ struct Net {
   int active;
 
   // Inputs as the pack type wants them. int8: each tap of each stream scaled by its largest one, as on the CPU.
-  __device__ const typename Dot::In* prepare(const Matrix& m) {
+  __device__ const typename Dot::In* prepare(const PackedMatrix& m) {
     if constexpr (Dot::kByTap) {
       const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
       for (int task = warp; task < m.taps * NB; task += kWarps) {
@@ -167,7 +118,7 @@ struct Net {
 
   // to[row] = sum + bias[row], plus to[row] itself if it accumulates; stream b's biases lie bias_stride * b further on.
   // int8 goes tap by tap, each adding to the one before. Ends synchronised.
-  __device__ void product(const Matrix& m, int64_t bias_stride, float* to, bool accumulates) {
+  __device__ void product(const PackedMatrix& m, int64_t bias_stride, float* to, bool accumulates) {
     const typename Dot::In* in = prepare(m);
     Sum* partial = reinterpret_cast<Sum*>(v.partial);
     const int passes = Dot::kByTap ? m.taps : 1, steps = Dot::kByTap ? m.steps : m.taps * m.steps;
@@ -204,7 +155,7 @@ struct Net {
     const float* values = c.frames + (first + b) * c.frames_stride[0] + frame * c.frames_stride[1];
     const uint8_t* p = c.pack + c.table_bytes;
     for (int layer = 0; layer < c.n_layer; layer++) {
-      const Matrix conv = read_matrix<Dot>(p, z_rows, c.width, c.residual);
+      const PackedMatrix conv = read_matrix<Dot>(p, z_rows, c.width, c.residual);
       read_matrix<Dot>(p, c.skip_rows + (layer + 1 < c.n_layer ? c.x_rows : 0), 1, c.hidden);
       for (int row = threadIdx.x; row < z_rows; row += kThreads) {
         float sum = __ldg(conv.bias + row);
@@ -251,7 +202,7 @@ struct Net {
     for (int i = 0; i < n_products; i++) {
       const int layer = i / 2, length = layer < c.n_layer ? (c.width - 1) * c.dilations[layer] : 0;
       const bool last = layer + 1 >= c.n_layer, top = layer == c.n_layer;
-      Matrix m;
+      PackedMatrix m;
       float* to = v.z;
       int64_t bias_stride = 0;
       if (i % 2 == 0) {

@@ -2,10 +2,7 @@
 // audiokernels/wavenet_pack.py, the state that of wavenet_generate.h.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include <cstdint>
-
+#include "generation_cuda.h"
 #include "wavenet_generate.h"
 
 namespace audiokernels {
@@ -29,25 +26,10 @@ enum Stage {
   kStages
 };
 
-struct WaveNetCall {
-  int dtype, residual, hidden, skip, head, n_class, width, condition, n_layer;
+struct WaveNetCall : CudaCall {
+  int dtype, residual, hidden, skip, head, width, condition, n_layer;
   int x_rows, h_rows, skip_rows, head_rows, class_rows;  // padded to 16; the gate has twice h_rows
-  int64_t hop, batch, n;
-  const uint8_t* pack;
-  int64_t table_bytes;  // embedding and condition, before the layers
-  float* state;
-  int64_t state_stride;
-  const float* uniforms;
-  int64_t uniforms_stride[2];
-  const void* codes;  // known ones, integers of code_bytes, the first `forced` of each row
-  int64_t codes_stride[2], forced;
-  int code_bytes;
-  const float* frames;  // condition: (batch, n_frames, channels), or null
-  int64_t frames_stride[3], n_frames;
-  float* base;    // scratch: (batch, n_layer, 2 h_rows) biases with the projected condition; null without one
-  void* out;      // (batch, n) uint8, or int16 above 256 classes
-  float* logits;  // (batch, n, n_class), or null
-  Sampling sampling;
+  float* base;  // scratch: (batch, n_layer, 2 h_rows) biases with the projected condition; null without one
   unsigned long long* stages;  // (blocks of a cluster, kStages) clock cycles, or null
   int32_t dilations[kMostLayers];
 };

@@ -541,6 +541,13 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLau
   *clusters = 1;
   return cudaSuccess;
 }
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_host::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t) { return cuda_on_host::error_text.c_str(); }
 template <class Kernel>
@@ -641,6 +648,10 @@ inline unsigned __float_as_uint(float x) { return bits_on_host<unsigned>(x); }
 inline float __int_as_float(int x) { return bits_on_host<float>(x); }
 inline float __uint_as_float(unsigned x) { return bits_on_host<float>(x); }
 inline int __float2int_rn(float x) { return int(std::nearbyintf(x)); }
+inline void sincospif(float x, float* sine, float* cosine) {
+  *sine = float(std::sin(M_PI * x));
+  *cosine = float(std::cos(M_PI * x));
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __dp4a(int a, int b, int c) {

@@ -189,6 +189,7 @@ inline bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
                   long(address % host::launch_now->stride));
   return bar.phase != parity;
 }
+inline bool mbarrier_try_wait_shared(uint32_t bar, uint32_t parity) { return mbarrier_try_wait(bar, parity); }
 
 // ---- asynchronous writes
 
@@ -203,6 +204,7 @@ inline void write_async(uint32_t to, const void* value, size_t bytes, uint32_t b
 }
 inline void store_async(uint32_t to, uint32_t value, uint32_t bar) { write_async(to, &value, 4, bar); }
 inline void store_async(uint32_t to, const uint2& value, uint32_t bar) { write_async(to, &value, 8, bar); }
+inline void store_async(uint32_t to, const uint4& value, uint32_t bar) { write_async(to, &value, 16, bar); }
 inline void bulk_copy(uint32_t to, uint32_t from, uint32_t bytes, uint32_t bar) {
   host::at(from, bytes, 16, "bulk copy");
   if (bytes % 16) host::fail("a bulk copy of " + std::to_string(bytes) + " bytes: not a multiple of 16");

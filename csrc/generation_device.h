@@ -1,8 +1,10 @@
-// What the WaveNet kernels for GPUs share: the state's header, forced codes, exp and the gate, and the draw.
+// What the generators' kernels for GPUs share: the state's header, forced codes, packed matrices, exp, the draw, waits.
 #pragma once
 
+#include <cuda_fp16.h>
+
+#include "generation_cuda.h"
 #include "ptx.h"
-#include "wavenet_generate_cuda.h"
 
 namespace audiokernels {
 namespace {
@@ -16,7 +18,7 @@ __device__ inline int64_t header_number(float v, int64_t limit) {
 __device__ inline int64_t read_position(const float* state) {
   return header_number(state[0], kPositionBase) + kPositionBase * header_number(state[1], 1 << 24);
 }
-__device__ inline int read_code(const WaveNetCall& c, const float* state) {
+__device__ inline int read_code(const CudaCall& c, const float* state) {
   return int(header_number(state[2], c.n_class));
 }
 __device__ inline void write_header(float* state, int64_t position, int code) {
@@ -26,7 +28,7 @@ __device__ inline void write_header(float* state, int64_t position, int code) {
 }
 
 // Known code t of stream b; one that is out of range becomes the nearest that is in it.
-__device__ inline int forced_code(const WaveNetCall& c, int64_t b, int64_t t) {
+__device__ inline int forced_code(const CudaCall& c, int64_t b, int64_t t) {
   const int64_t at = b * c.codes_stride[0] + t * c.codes_stride[1];
   int64_t code = 0;
   switch (c.code_bytes) {
@@ -37,14 +39,14 @@ __device__ inline int forced_code(const WaveNetCall& c, int64_t b, int64_t t) {
   }
   return int(code < 0 ? 0 : code < c.n_class ? code : c.n_class - 1);
 }
-__device__ inline void write_code(const WaveNetCall& c, int64_t b, int64_t t, int code) {
+__device__ inline void write_code(const CudaCall& c, int64_t b, int64_t t, int code) {
   if (c.n_class <= 256)
     static_cast<uint8_t*>(c.out)[b * c.n + t] = uint8_t(code);
   else
     static_cast<int16_t*>(c.out)[b * c.n + t] = int16_t(code);
 }
 // The frame of condition that holds `position` in a call that began at `first`; never past the last one.
-__device__ inline int64_t frame_of(const WaveNetCall& c, int64_t first, int64_t position) {
+__device__ inline int64_t frame_of(const CudaCall& c, int64_t first, int64_t position) {
   const int64_t frame = position / c.hop - first / c.hop;
   return frame < c.n_frames ? frame : c.n_frames - 1;
 }
@@ -67,10 +69,61 @@ __device__ inline float exp_within(float x) {
   return __uint_as_float(__float_as_uint(p) + (__float_as_uint(t) << 23));
 }
 __device__ inline float exp_clamped(float x, float limit) { return exp_within(fmaxf(fminf(x, limit), -limit)); }
-// tanh(a) * sigmoid(b)
-__device__ inline float gate(float a, float b) {
-  const float ea = exp_clamped(-2.0f * a, 30.0f), eb = exp_clamped(-b, 30.0f);
-  return (1.0f - ea) / ((1.0f + ea) * (1.0f + eb));
+
+// ---- the inner product of each pack type: inputs in a 32-bit lane, and how one lane of weights is added
+
+struct FloatSums {
+  using Sum = float;
+  using In = float;
+  static constexpr bool kByTap = false;
+};
+struct DotFloat32 : FloatSums {
+  static constexpr int kGroup = 1;
+  static __device__ float add(float sum, uint32_t w, const float* in, int) {
+    return fmaf(__uint_as_float(w), in[0], sum);
+  }
+};
+struct DotBFloat16 : FloatSums {
+  static constexpr int kGroup = 2;
+  static __device__ float add(float sum, uint32_t w, const float* in, int next) {
+    return fmaf(__uint_as_float(w & 0xffff0000u), in[next], fmaf(__uint_as_float(w << 16), in[0], sum));
+  }
+};
+struct DotFloat16 : FloatSums {
+  static constexpr int kGroup = 2;
+  static __device__ float widen(uint32_t w) { return __half2float(__ushort_as_half(uint16_t(w))); }
+  static __device__ float add(float sum, uint32_t w, const float* in, int next) {
+    return fmaf(widen(w >> 16), in[next], fmaf(widen(w), in[0], sum));
+  }
+};
+struct DotInt8 {  // a tap at a time: each has scales of its own
+  using Sum = int;
+  using In = int;
+  static constexpr bool kByTap = true;
+  static constexpr int kGroup = 4;
+  static __device__ int add(int sum, uint32_t w, const int* in, int) { return __dp4a(int(w), in[0], sum); }
+};
+
+// A matrix of audiokernels/_packing.py.
+struct PackedMatrix {
+  const float* bias;   // (rows)
+  const float* scale;  // int8: (taps, rows)
+  const uint4* lanes;  // (taps, steps, rows) of 32 bits, four rows a uint4
+  int rows, taps, steps;
+};
+
+template <class Dot>
+__device__ PackedMatrix read_matrix(const uint8_t*& p, int rows, int taps, int inputs) {
+  PackedMatrix m{reinterpret_cast<const float*>(p),       nullptr, nullptr, rows, taps,
+                 (inputs + Dot::kGroup - 1) / Dot::kGroup};
+  p += 4 * rows;
+  if (Dot::kByTap) {
+    m.scale = reinterpret_cast<const float*>(p);
+    p += 8 * taps * rows;  // the offsets behind them are for other kernels
+  }
+  m.lanes = reinterpret_cast<const uint4*>(p);
+  p += int64_t{4} * taps * m.steps * rows;
+  return m;
 }
 
 // ---- the draw, by one warp: the first class whose cumulative probability exceeds u
@@ -119,7 +172,7 @@ __device__ inline void leave_out(float* x, int stride, int n, float lowest, Top 
 
 // Blocks of 16 probabilities are summed in order, then their sums, as on the CPU. `logit` [i * stride], n_class rounded
 // up to 16 of them, is overwritten; `sums` holds a number a block.
-__device__ inline int draw(const WaveNetCall& c, float* logit, int stride, float* sums, float u) {
+__device__ inline int draw(const CudaCall& c, float* logit, int stride, float* sums, float u) {
   const int n_class = c.n_class, lane = threadIdx.x % 32, blocks = (n_class + 15) / 16;
   float most = -INFINITY;
   for (int i = lane; i < n_class; i += 32) most = fmaxf(most, logit[i * stride]);
@@ -171,6 +224,29 @@ __device__ inline int draw(const WaveNetCall& c, float* logit, int stride, float
   }
   return last;  // u * total was rounded up to the total
 }
+
+// ---- clusters
+
+// sm_120 has clusters too, but not the shared memory.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
+#define AK_CLUSTERS
+
+// Ends when the phase of that parity has; a wait for a block that failed ends the launch with an error. SharedOnly:
+// what other blocks wrote into global memory need not be seen.
+template <bool SharedOnly = false>
+__device__ inline void wait(uint32_t bar, int64_t phase) {
+  const auto ended = [&] {
+    if constexpr (SharedOnly) return ptx::mbarrier_try_wait_shared(bar, uint32_t(phase & 1));
+    return ptx::mbarrier_try_wait(bar, uint32_t(phase & 1));
+  };
+  if (ended()) return;
+  constexpr uint64_t kPatience = 20'000'000'000ull;
+  const uint64_t start = ptx::nanoseconds();
+  while (!ended())
+    if (ptx::nanoseconds() - start > kPatience) ptx::trap();
+}
+
+#endif
 
 }  // namespace
 }  // namespace audiokernels

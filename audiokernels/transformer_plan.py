@@ -1,0 +1,159 @@
+"""Which CUDA kernel a call of transformer_generate takes, in how many blocks: a pure function of sizes and GPU facts.
+
+cuda_cluster: a thread-block cluster a stream, compute capability 9 and 10. Its blocks share the heads, the keys of a
+head where there are few heads, the rows of the MLP, of the output and of the context network: two exchanges a layer.
+cuda_general: the same kernel with one block a stream, sm_80 and later.
+
+Both read weights, keys and values through L2. They take every pack and size whose vectors fit the shared memory of a
+block, up to 24 layers of the context network and 128 runs of pooling levels. The codes are the same, whatever the
+number of blocks: it says only who adds which part of the same sums.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from audiokernels._generation import HEADER
+from audiokernels._gpu import Gpu, device_facts
+from audiokernels._packing import round_up
+from audiokernels.backends import REFERENCE
+from audiokernels.transformer_pack import KEY_BLOCK, TransformerShape
+
+THREADS = 512  # of a block
+SLICES = 16  # of a sum over inputs, at most
+CHUNK_ROWS = 512  # whose sums a block on its own keeps at a time
+WAVE_FLOATS = 8192  # of the states of attention that are kept at a time
+MOST_WIDTHS, MOST_RUNS = 24, 128  # they travel with the launch
+FIXED = 4.0  # of a layer's time on a cluster, by estimate, in units of that of a slice
+
+
+class TransformerPlan(NamedTuple):
+    """The answer; `kernel` is REFERENCE where no kernel takes the call."""
+
+    kernel: str
+    why: str
+    blocks: int = 0  # of a stream
+    shared_bytes: int = 0  # of one block
+
+    def to_ints(self) -> list[int]:
+        """The form in which the private op's schema carries it."""
+        return [self.blocks, self.shared_bytes]
+
+
+def transformer_generate_plan(shape: TransformerShape, batch: int, gpu: Gpu) -> TransformerPlan:
+    """How transformer_generate serves a call on a CUDA device."""
+    if gpu.capability < (8, 0):
+        return TransformerPlan(REFERENCE, f"sm_{gpu.capability[0]}{gpu.capability[1]} is older than sm_80")
+    if len(shape.widths) > MOST_WIDTHS or len(shape.haar) > 2 * MOST_RUNS:
+        most = f"up to {MOST_WIDTHS} layers of the context network and {MOST_RUNS} runs of levels"
+        return TransformerPlan(REFERENCE, f"the kernels take {most}")
+    alone = shared_bytes(shape, 1)
+    if alone > gpu.shared_memory:
+        why = f"a stream's vectors take {alone:,} bytes of shared memory, a block has {gpu.shared_memory:,}"
+        return TransformerPlan(REFERENCE, why)
+    slices = attention_slices(shape)
+    cost, blocks = waves(batch, gpu.multiprocessors) * (FIXED + slices), 1
+    for more in range(2, min(slices, 16) + 1):
+        small, large = gpu.clusters
+        resident = small * (8 // more) if more <= 8 else large
+        if resident == 0 or shared_bytes(shape, more) > gpu.shared_memory:
+            continue
+        with_more = waves(batch, resident) * (FIXED + -(-slices // more))
+        if with_more < cost:
+            cost, blocks = with_more, more
+    if blocks > 1:
+        why = f"a cluster of {blocks} blocks a stream shares {slices} slices of heads and keys"
+        return TransformerPlan("cuda_cluster", why, blocks, shared_bytes(shape, blocks))
+    why = "more streams at a time than clusters" if any(gpu.clusters) else "no clusters on this GPU"
+    return TransformerPlan("cuda_general", f"a block a stream: {why}", 1, alone)
+
+
+def above(n: int, by: int) -> int:
+    """n / by, rounded up."""
+    return -(-n // by)
+
+
+def waves(batch: int, resident: int) -> int:
+    """Turns in which `batch` streams run, `resident` at once."""
+    return above(max(1, batch), resident)
+
+
+def parts(shape: TransformerShape) -> int:
+    """Of a head's keys: how many slices they make."""
+    return min(SLICES // shape.n_head, shape.capacity // KEY_BLOCK) if shape.n_head < SLICES else 1
+
+
+def heads_of_slice(shape: TransformerShape) -> int:
+    return above(shape.n_head, SLICES)
+
+
+def attention_slices(shape: TransformerShape) -> int:
+    """Slices of heads, or of the keys of one."""
+    return above(shape.n_head, heads_of_slice(shape)) * parts(shape)
+
+
+def block_rows(n: int, blocks: int) -> int:
+    """Inputs that the first block has of a vector of n, whole slices of which are shared."""
+    width = round_up(above(n, SLICES), 16)
+    return above(above(n, width), blocks) * width
+
+
+def most_heads(shape: TransformerShape, blocks: int) -> tuple[int, int]:
+    """The most heads, and the most units (a head with a part of its keys), that one block has."""
+    slices, each, units, heads = attention_slices(shape), above(attention_slices(shape), blocks), 0, 0
+    for rank in range(blocks):
+        first, end = (
+            min(min(at * each, slices) * heads_of_slice(shape), shape.n_head * parts(shape)) for at in (rank, rank + 1)
+        )
+        units = max(units, end - first)
+        heads = max(heads, (end - 1) // parts(shape) + 1 - first // parts(shape) if end > first else 0)
+    return heads, units
+
+
+def shared_bytes(shape: TransformerShape, blocks: int) -> int:
+    """Shared memory of a block, as csrc/transformer_generate_cuda.h places it."""
+    embd, head, classes = round_up(shape.n_embd, 16), shape.head_rows, round_up(shape.n_class, 16)
+    heads, units = most_heads(shape, blocks)
+    each = above(attention_slices(shape), blocks)
+    attended, inner = each * heads_of_slice(shape) * head, block_rows(shape.n_inner, blocks)
+    taps = vector = context = code = width = 0
+    if shape.widths:
+        context, code, width = round_up(shape.context, 16), round_up(shape.code, 16), max(shape.widths)
+        taps = width * block_rows(shape.context, blocks)
+        vector = max(context, round_up(shape.code, 16 * SLICES))
+    rows = max(3 * heads * head, inner, 16 * above(classes // 16, blocks))
+    all_rows = max(embd, shape.fuse_rows, context, code)
+    buffer_rows = all_rows if blocks > 1 else min(all_rows, CHUNK_ROWS)
+    buffer = round_up(max(SLICES * buffer_rows + 2 * SLICES, classes if blocks > 1 else 0), 4) + 4
+    buffers = 2 if blocks > 1 else 1
+    subs = min(16, above(shape.capacity // KEY_BLOCK, parts(shape)))
+    states = max(1, min(units, WAVE_FLOATS // (subs * (head + 4)))) * subs * (head + 4)
+    angles = (shape.headdim if shape.positions == "rotary" else shape.n_embd + 1) // 2
+    packed, scales = max(embd, attended, inner, taps, vector), 4 * SLICES * max(width, 1)
+    numbers = [8 * angles, 4 * angles, 4 * angles, 4 * embd, 4 * embd, 4 * embd if shape.condition else 0]
+    numbers += [12 * heads * head, 4 * attended, 8 * each, 4 * inner, 4 * classes, 4 * shape.fuse_rows]
+    numbers += [4 * vector, 4 * taps, 4 * max(4 * min(rows, 1024), THREADS, classes // 16)]
+    numbers += [4 * states, THREADS // 8 * KEY_BLOCK, *([packed, scales] if shape.dtype == torch.int8 else [])]
+    numbers += [4 * len(shape.widths), 4, 16, 4 * buffer * buffers]
+    return sum(round_up(n, 16) for n in numbers)
+
+
+def aligned(shape: TransformerShape, state: Tensor) -> bool:
+    """Whether keys and values lie at multiples of 16 bytes in every row of the state."""
+    runs = zip(shape.haar[::2], shape.haar[1::2], strict=True)
+    ring = sum(count << level for level, count in runs if level)
+    stride = state.stride(0) if state.shape[0] > 1 else 0
+    return state.data_ptr() % 16 == 0 and stride % 4 == 0 and ring % 4 == 0 and HEADER % 4 == 0
+
+
+@lru_cache
+def gpu_facts(device: torch.device) -> Gpu:
+    """The Gpu of a CUDA device, clusters counted for a block of 64 KB a multiprocessor."""
+    facts = device_facts(device)
+    if facts.capability < (9, 0):
+        return facts
+    probe = torch.empty(0, device=device)
+    count = torch.ops.audiokernels._transformer_clusters.default
+    return facts._replace(clusters=(count(probe, 8, 65536), count(probe, 16, 65536)))

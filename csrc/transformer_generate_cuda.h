@@ -1,0 +1,148 @@
+// Transformer generation on a GPU: a call's sizes and pointers, how its work is cut into slices, and the torch-free
+// launchers. Packed layout and state are those of audiokernels/transformer_pack.py and transformer_generate.py.
+#pragma once
+
+#include "generation_cuda.h"
+#include "transformer_generate.h"
+
+namespace audiokernels {
+
+constexpr int kMostWidths = 24, kMostRuns = 128;  // they travel with the launch
+constexpr int kSlices = 16;                       // of a sum over inputs, at most
+constexpr int kChunkRows = 512;                   // whose sums a block on its own keeps at a time
+constexpr int kWaveFloats = 8192;                 // of the states of attention that are kept at a time
+constexpr int kTransformerThreads = 512;
+
+__host__ __device__ constexpr int rounded(int n, int to) { return (n + to - 1) / to * to; }
+__host__ __device__ constexpr int above(int n, int by) { return (n + by - 1) / by; }  // n / by, rounded up
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int lesser(int a, int b) { return a < b ? a : b; }
+
+struct TransformerCall : CudaCall {
+  int dtype, cache, n_layer, n_head, n_embd, n_inner, window, positions, fusion, context, code, condition;
+  int n_width, n_haar;
+  bool aligned;  // keys and values to 16 bytes, in every row of the state
+  int blocks;    // of a stream
+  int32_t widths[kMostWidths];
+  int32_t levels[kMostRuns], counts[kMostRuns];  // of the pooling
+
+  // What follows from these, see finish.
+  int headdim, head_rows, parts, heads_of_slice, attention_slices, subs;
+
+  __host__ __device__ int heads_rows() const { return n_head * head_rows; }
+  __host__ __device__ int embd_rows() const { return rounded(n_embd, 16); }
+  __host__ __device__ int class_rows() const { return rounded(n_class, 16); }
+  __host__ __device__ int context_rows() const { return rounded(context, 16); }
+  __host__ __device__ int code_rows() const { return rounded(code, 16); }
+  __host__ __device__ int capacity() const { return rounded(window, int(kKeyBlock)); }
+  __host__ __device__ int key_blocks() const { return above(window, int(kKeyBlock)); }
+  __host__ __device__ int angles() const { return (positions == kRotary ? headdim : n_embd + 1) / 2; }
+  __host__ __device__ int fuse_rows() const {
+    return fusion == kFuseLogits ? class_rows() : fusion == kFuseAdd ? embd_rows() : n_width ? 2 * embd_rows() : 0;
+  }
+  __host__ __device__ int units() const { return n_head * parts; }  // a head with a part of its keys
+  __host__ __device__ int first_key_block(int part) const {
+    return parts > 1 ? above(part * key_blocks(), parts) : part * key_blocks();
+  }
+
+  // Once the sizes are known. Heads and their keys are cut alike for every batch and number of blocks: a few heads with
+  // all their keys are a slice, or, where there are few heads, one head with a part of them.
+  void finish() {
+    headdim = n_embd / n_head, head_rows = rounded(headdim, 16);
+    parts = n_head < kSlices ? lesser(kSlices / n_head, key_blocks()) : 1;
+    heads_of_slice = above(n_head, kSlices);
+    attention_slices = above(n_head, heads_of_slice) * parts;
+    subs = lesser(16, above(key_blocks(), parts));  // warps that share a unit
+  }
+};
+
+// Inputs of a product, cut into slices whose sums are added in order; those of block `rank` are first .. end - 1.
+struct Cut {
+  int width, count, first, end;  // width: inputs, a multiple of 16
+  int repeat;                    // neighbouring slices that have the same inputs: parts of a head's keys
+
+  static __host__ __device__ Cut share(int width, int count, int repeat, int rank, int blocks) {
+    const int each = above(count, blocks), first = lesser(rank * each, count);
+    return {width, count, first, lesser(first + each, count), repeat};
+  }
+  // A vector of n numbers.
+  static __host__ __device__ Cut of(int n, int rank, int blocks) {
+    const int width = rounded(above(n, kSlices), 16);
+    return share(width, above(n, width), 1, rank, blocks);
+  }
+  // The heads' output.
+  static __host__ __device__ Cut heads(const TransformerCall& c, int rank) {
+    return share(c.heads_of_slice * c.head_rows, c.attention_slices, c.parts, rank, c.blocks);
+  }
+  __host__ __device__ int local() const { return end - first; }
+  __host__ __device__ int blocks_with_some(int blocks) const { return above(count, above(count, blocks)); }
+};
+
+// What a block has of the heads.
+struct Heads {
+  int first_unit, end_unit, first, end;  // units, and the heads that they are of
+
+  __host__ __device__ Heads(const TransformerCall& c, int rank) {
+    const Cut cut = Cut::heads(c, rank);
+    first_unit = lesser(cut.first * c.heads_of_slice, c.units());
+    end_unit = lesser(cut.end * c.heads_of_slice, c.units());
+    first = first_unit / c.parts;
+    end = end_unit > first_unit ? (end_unit - 1) / c.parts + 1 : first;
+  }
+  __host__ __device__ int units() const { return end_unit - first_unit; }
+  __host__ __device__ int count() const { return end - first; }
+};
+
+// Byte offsets into shared memory, the same in every block of a stream. audiokernels/transformer_plan.py knows the sum.
+struct TransformerPlaces {
+  int frequency, cos, sin, x, h, base, qkv, attended, merge, inner, logits, fused, vector, taps, partial, states,
+      weights, packed, scales, slots, code, bars, buffer;
+  int bytes;
+  int buffer_rows, buffer_floats, wave;  // wave: units of attention at a time
+
+  __host__ __device__ explicit TransformerPlaces(const TransformerCall& c) {
+    const int embd = c.embd_rows(), head = c.head_rows, slice = c.heads_of_slice * head, blocks = c.blocks;
+    int heads = 0, units = 0;
+    for (int rank = 0; rank < blocks; rank++) {
+      const Heads mine(c, rank);
+      heads = larger(heads, mine.count()), units = larger(units, mine.units());
+    }
+    const Cut attention = Cut::heads(c, 0), inner_cut = Cut::of(c.n_inner, 0, blocks);
+    const Cut context_cut = c.n_width ? Cut::of(c.context, 0, blocks) : Cut{};
+    int width = c.n_width ? 1 : 0;
+    for (int i = 0; i < c.n_width; i++) width = larger(width, c.widths[i]);
+    const int inner_rows = inner_cut.local() * inner_cut.width, attended_rows = attention.local() * slice;
+    const int taps_rows = width * context_cut.local() * context_cut.width;
+    const int vector_rows = c.n_width ? larger(c.context_rows(), rounded(c.code, 16 * kSlices)) : 0;  // whole slices
+    const int rows = larger(larger(3 * heads * head, inner_rows), 16 * above(c.class_rows() / 16, blocks));
+    const int inputs = larger(larger(embd, attended_rows), larger(inner_rows, larger(taps_rows, vector_rows)));
+    const int all_rows = larger(larger(embd, c.fuse_rows()), larger(c.context_rows(), c.code_rows()));
+    buffer_rows = blocks > 1 ? all_rows : lesser(all_rows, kChunkRows);
+    buffer_floats = rounded(larger(kSlices * buffer_rows + 2 * kSlices, blocks > 1 ? c.class_rows() : 0), 4) + 4;
+    wave = larger(1, lesser(units, kWaveFloats / (c.subs * (head + 4))));
+    int at = 0;
+    const auto take = [&](int n) {
+      const int offset = at;
+      at += rounded(n, 16);
+      return offset;
+    };
+    frequency = take(8 * c.angles()), cos = take(4 * c.angles()), sin = take(4 * c.angles());
+    x = take(4 * embd), h = take(4 * embd), base = take(c.condition ? 4 * embd : 0);
+    qkv = take(4 * 3 * heads * head), attended = take(4 * attended_rows), merge = take(8 * attention.local());
+    inner = take(4 * inner_rows), logits = take(4 * c.class_rows()), fused = take(4 * c.fuse_rows());
+    vector = take(4 * vector_rows), taps = take(4 * taps_rows);
+    partial = take(4 * larger(larger(4 * lesser(rows, 1024), kTransformerThreads), c.class_rows() / 16));
+    states = take(4 * wave * c.subs * (head + 4)), weights = take(4 * kTransformerThreads / 32 * int(kKeyBlock));
+    packed = take(c.dtype == kInt8 ? inputs : 0), scales = take(c.dtype == kInt8 ? 4 * kSlices * larger(width, 1) : 0);
+    slots = take(4 * c.n_width), code = take(4), bars = take(16);
+    buffer = take(4 * buffer_floats * (blocks > 1 ? 2 : 1));
+    bytes = at;
+  }
+};
+
+// All samples of every stream: a block, or a cluster of call.blocks blocks, a stream.
+cudaError_t transformer_generate_cuda(const TransformerCall& call, int shared_bytes, cudaStream_t stream);
+// How many clusters of that size may be resident on the current device at once.
+cudaError_t transformer_clusters_cuda(int blocks, int shared_bytes, int* clusters);
+
+}  // namespace audiokernels
