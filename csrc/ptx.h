@@ -141,8 +141,9 @@ AK_PTX uint32_t cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-AK_PTX void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-AK_PTX void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Not .aligned: the threads of a warp need not have come together again.
+AK_PTX void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+AK_PTX void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 // The address in block `rank` of what `address` is in this one.
 AK_PTX uint32_t map_shared(uint32_t address, uint32_t rank) {
   uint32_t mapped;
