@@ -16,7 +16,7 @@
 # (in a file without that word: all but CUDA graphs, compile, export and opcheck), racecheck those that say "racecheck".
 #
 # Variables: PYTHON (default python3, or .venv/bin/python), COMMIT (for the CSV, where the tree has no .git), OUT (a
-# folder that gets a copy of the results), AUDIOKERNELS_CUDA and TORCH_CUDA_ARCH_LIST for the build.
+# folder that gets a copy of the results), AUDIOKERNELS_CUDA and TORCH_CUDA_ARCH_LIST (default: this GPU's) for the build.
 # Leaves benchmarks/results/<device>.csv, and in build/on_gpu/ the log, the pictures and the installed package.
 # Exit: 0 all well, 1 a stage failed or was left out for lack of time, 2 wrong usage or no GPU.
 set -u -o pipefail
@@ -194,7 +194,11 @@ run "machine" 60 bash -c 'nvidia-smi -L 2> /dev/null || echo "no nvidia-smi"
 
 if [ $build -eq 1 ]; then
   # Beside the machine's packages, not into them. Without nvcc the build is an error here, except in a dry run.
-  [ $dry_run -eq 0 ] && export AUDIOKERNELS_CUDA=${AUDIOKERNELS_CUDA:-1}
+  if [ $dry_run -eq 0 ]; then
+    export AUDIOKERNELS_CUDA=${AUDIOKERNELS_CUDA:-1}
+    capability='import torch; n = torch.cuda.get_device_capability(); print("%d.%d" % n + "a" * (n[0] == 9))'
+    export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c "$capability")} # all of them take minutes
+  fi
   rm -rf "$WORK/installed"
   export PYTHONPATH=$WORK/installed${PYTHONPATH:+:$PYTHONPATH}
   run "build" 300 "$python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps --quiet \

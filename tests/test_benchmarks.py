@@ -256,6 +256,8 @@ FALSE_PYTHON = """#!/bin/sh
 echo "python $*" >> "$CALLS"
 case "$*" in
   *cuda.is_available*) echo cuda ;;
+  *get_device_capability*) echo 9.0a ;;
+  *"pip install"*) echo "for $TORCH_CUDA_ARCH_LIST" >> "$CALLS" ;;
   *common.py*) echo false-gpu ;;
   *benchmark_x.py*) touch "$ROOT/benchmarks/results/false-gpu.csv" "$ROOT/build/on_gpu/x.png"; exit "$BENCHMARK" ;;
 esac
@@ -288,7 +290,7 @@ def gpu_machine(tmp_path):
         calls = tmp_path / "calls"
         calls.write_text("")
         environment = {
-            **{k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "AUDIOKERNELS_CUDA")},
+            **{k: v for k, v in os.environ.items() if "CUDA" not in k},
             "PATH": f"{root}/bin:{os.environ['PATH']}", "PYTHON": str(root / "bin/python"), "CALLS": str(calls),
             "ROOT": str(root), "OUT": str(tmp_path / "out"), "BENCHMARK": "0", "RACECHECK": "0", **environment,
         }  # fmt: skip
@@ -306,7 +308,7 @@ def test_on_gpu_runs_every_stage(gpu_machine):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "no stage failed" in result.stdout and "DRY RUN" not in result.stdout
     text = "\n".join(calls)
-    assert "-m pip install" in text and "--target ROOT/build/on_gpu/installed ROOT" in text
+    assert "-m pip install" in text and "--target ROOT/build/on_gpu/installed ROOT\nfor 9.0a\n" in text
     tests = [line for line in calls if line.startswith("python -m pytest")]
     assert len(tests) == 2 and all("-m not slow -k cuda or gpu" in line for line in tests)
     assert tests[0].endswith("ROOT/tests/test_x.py ROOT/tests/test_x_values.py")  # not x_decode's
