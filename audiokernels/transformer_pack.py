@@ -179,7 +179,8 @@ def transformer_pack(
             qkv_weight (n_layer, 3E, E), qkv_bias (n_layer, 3E): q, k and v, each head after head,
             proj_weight (n_layer, E, E), proj_bias (n_layer, E),
             up_weight (n_layer, F, E), up_bias (n_layer, F), down_weight (n_layer, E, F), down_bias (n_layer, E),
-            norm_weight, norm_bias (E,): the last one, out_weight (n_class, E), out_bias (n_class,).
+            norm_weight, norm_bias (E,): the last one, out_weight (n_class, E), out_bias (n_class,), -infinity for a
+            class that is never drawn.
             With a context network also context_embedding (n_class, X), and for its layers i = 0, 1, ...
             context_weight_i (X, X, width) as in nn.Conv1d and context_bias_i (X,), the last layer (Y, X, width) and
             (Y,); fuse_weight (rows, Y), fuse_bias (rows,), rows = n_class ("logits"), E ("add"), 2E ("film").

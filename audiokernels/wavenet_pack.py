@@ -114,7 +114,8 @@ def wavenet_pack(
             condition_weight (n_layer, 2H, C) (optional),
             res_weight (n_layer - 1, R, H), res_bias (n_layer - 1, R): nothing reads the last layer's residual,
             skip_weight (n_layer, S, H), skip_bias (n_layer, S),
-            head_weight (D, S), head_bias (D,), out_weight (n_class, D), out_bias (n_class,).
+            head_weight (D, S), head_bias (D,), out_weight (n_class, D), out_bias (n_class,), -infinity for a
+            class that is never drawn.
         dilations: one integer >= 1 a layer, in order.
         dtype: torch.float32, float16, bfloat16, or int8 (one scale a row and tap; activations are quantised per
             vector at run time, sums are exact in int32). Embedding, biases and condition weights stay float32.

@@ -160,7 +160,7 @@ def test_condition_prompts_and_sampling():
 
 
 @host
-def test_far_positions_and_what_is_out_of_range():
+def test_far_positions_and_what_is_out_of_range(unchecked_weights):
     pack, n = pack_of(), 4
     state = transformer_state(pack, 1)
     state[:, :2] = torch.tensor([2.0**20 - 2, 5.0])

@@ -104,6 +104,7 @@ PACKING = [
     (ValueError, "weights", "dimensions", r"\(64,\)", {"embedding": torch.zeros(64)}, {}),
     (ValueError, "weights", "even", "31", {"conv_weight": torch.zeros(3, 31, 16, 2)}, {}),
     (ValueError, "weights", "finite", "NaN", {"out_bias": torch.full((64,), float("nan"))}, {}),
+    (ValueError, "weights", "finite", "infinity", {"out_bias": torch.full((64,), float("inf"))}, {}),
     (ValueError, "weights", "finite", "infinity", {"skip_bias": torch.full((3, 32), float("inf"))}, {}),
     (ValueError, "weights", "one device", "meta", {"out_bias": torch.zeros(64, device="meta")}, {}),
 ]

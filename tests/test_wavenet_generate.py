@@ -342,7 +342,7 @@ def test_empty_batch_and_no_samples():
     assert codes.shape == (2, 0) and logits.shape == (2, 0, 64) and torch.equal(state, before)
 
 
-def test_weights_of_nan_or_infinity_neither_crash_nor_leave_the_range():
+def test_weights_of_nan_or_infinity_neither_crash_nor_leave_the_range(unchecked_weights):
     for value in (torch.nan, torch.inf, -torch.inf, 1e30):
         for dtype in DTYPES:
             weights = weights_of(2)
