@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cuda_on_host import COMPILER, LaunchError
+from launcher_cases import H100, check_checks_come_first, launch
 from transformer_cases import DTYPES, SHAPES, full_logits, options_of, pack_of, weights_of
 from transformer_on_host import on_host
 from wavenet_cases import differing_draws
@@ -33,11 +34,7 @@ LARGE = {  # sizes, blocks, samples: every loop of the kernel turns more than on
     "heads of 36 channels": ({"n_head": 3, "n_embd": 108, "window": 200}, 5, 3),
     "16 heads, two blocks of keys a warp": ({"n_head": 16, "n_embd": 128, "window": 1100, "n_layer": 1}, 5, 2),
     "17 heads, two a slice": ({"n_head": 17, "n_embd": 136, "window": 20}, 4, 3),
-    "rows beyond a chunk and a pass": (
-        {"n_head": 3, "n_embd": 528, "n_inner": 1100, "n_class": 1030, "n_layer": 1},
-        1,
-        3,
-    ),
+    "rows beyond a chunk and a pass": (WIDE, 1, 3),
     "the same in a cluster": (WIDE, 2, 2),
 }
 
@@ -270,29 +267,19 @@ def test_an_error_in_the_kernel_is_seen(name):
 
 # ---- the launcher
 
-H100 = Gpu((9, 0), 132, 232448, (15, 7))
-door = sys.modules["audiokernels.transformer_generate"]
-
-
-def launch(monkeypatch, device, pack, **options):
-    """What the launcher asks of the kernel on such a GPU: the plan, or the codes where it takes the reference."""
-    asked = []
-    monkeypatch.setattr(door, "gpu_facts", lambda _: device)
-    monkeypatch.setattr(door, "_cuda_op", lambda *arguments: asked.append(arguments[-1]))
-    call = {"state": transformer_state(pack, 2), "uniforms": philox_uniform(0, 2, 8), "codes": None, "condition": None}
-    result = door._launch(pack.data, pack.shape.to_ints(), *(call | options).values(), 1.0, False)
-    return asked or result
-
 
 def test_launcher_takes_the_planned_kernel(monkeypatch):
     pack = pack_of(n_head=2, n_embd=32, window=70)
-    assert launch(monkeypatch, H100, pack) == [[4, shared_bytes(pack.shape, 4)]]
-    assert launch(monkeypatch, H100._replace(clusters=(0, 0)), pack) == [[1, shared_bytes(pack.shape, 1)]]
-    codes, _ = launch(monkeypatch, Gpu((7, 5), 46, 65536), pack)
+    assert launch(monkeypatch, "transformer", H100, pack) == [[4, shared_bytes(pack.shape, 4)]]
+    assert launch(monkeypatch, "transformer", H100._replace(clusters=(0, 0)), pack) == [
+        [1, shared_bytes(pack.shape, 1)]
+    ]
+    codes, _ = launch(monkeypatch, "transformer", Gpu((7, 5), 46, 65536), pack)
     assert torch.equal(codes, transformer_generate(pack, transformer_state(pack, 2), philox_uniform(0, 2, 8)))
 
 
 def test_explain_names_the_plan(monkeypatch):
+    door = sys.modules["audiokernels.transformer_generate"]
     pack = pack_of(n_head=2, n_embd=32, window=70, dtype=torch.bfloat16)
     there = SimpleNamespace(shape=pack.shape, data=SimpleNamespace(device=torch.device("cuda"), numel=pack.data.numel))
     monkeypatch.setattr(door, "implementation", lambda *_: "CUDA C++ (sm_90a)")
@@ -308,20 +295,7 @@ def test_explain_names_the_plan(monkeypatch):
 
 
 def test_launcher_checks_before_it_asks_the_device(monkeypatch):
-    pack, conditioned = pack_of(), pack_of(condition=3, hop=4)
-    frames = torch.zeros(2, 3, 3)
-    for frame_count in (2, 3):  # where in a frame the stream stands is not looked at
-        assert launch(monkeypatch, H100, conditioned, condition=frames[:, :frame_count])
-    for wrong, message in (
-        ({"uniforms": torch.zeros(2, 8, device="meta")}, "uniforms must be on the pack's device cpu, got meta"),
-        ({"state": transformer_state(pack, 3)}, "state must have shape"),
-        ({"codes": torch.zeros(2, 9, dtype=torch.uint8)}, "codes must have shape"),
-        ({"condition": frames}, "condition must be given exactly for"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            launch(monkeypatch, H100, pack, **wrong)
-    with pytest.raises(ValueError, match=r"condition must have shape \(2, 2 .. 3, 3\) \(hop 4\), got \(2, 1, 3\)"):
-        launch(monkeypatch, H100, conditioned, condition=frames[:, :1])
+    check_checks_come_first(monkeypatch, "transformer", pack_of(), pack_of(condition=3, hop=4))
 
 
 # ---- on a GPU

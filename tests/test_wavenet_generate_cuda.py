@@ -1,10 +1,9 @@
 """wavenet_generate's kernels for GPUs: the same source run on the host, and on a GPU where there is one."""
 
-import sys
-
 import pytest
 import torch
 from cuda_on_host import COMPILER, LaunchError
+from launcher_cases import H100, check_checks_come_first, launch
 from wavenet_cases import DTYPES, differing_draws, full_logits, pack_of, weights_of
 from wavenet_on_host import on_host
 
@@ -322,43 +321,17 @@ def test_a_missing_wait_of_the_cluster_kernel_is_seen(edit):
 
 # ---- the launcher
 
-H100 = Gpu((9, 0), 132, 232448, (15, 7))
-door = sys.modules["audiokernels.wavenet_generate"]
-
-
-def launch(monkeypatch, device, pack, **options):
-    """What the launcher asks of the kernels on such a GPU: the plan, or the codes where it takes the reference."""
-    asked = []
-    monkeypatch.setattr(door, "gpu_facts", lambda _: device)
-    monkeypatch.setattr(door, "_cuda_op", lambda *arguments: asked.append(arguments[-1]))
-    call = {"state": wavenet_state(pack, 2), "uniforms": philox_uniform(0, 2, 8), "codes": None, "condition": None}
-    result = door._launch(pack.data, pack.shape.to_ints(), *(call | options).values(), 1.0, False)
-    return asked or result
-
 
 def test_launcher_takes_the_planned_kernel(monkeypatch):
-    assert launch(monkeypatch, H100, pack_of([1, 2], dtype=torch.float16, **SMALL)) == [[1, 1, 4]]
+    assert launch(monkeypatch, "wavenet", H100, pack_of([1, 2], dtype=torch.float16, **SMALL)) == [[1, 1, 4]]
     small = pack_of([1, 2])
-    assert launch(monkeypatch, H100, small) == [[1, general_bytes(small.shape, 1)]]
-    codes, _ = launch(monkeypatch, Gpu((7, 5), 46, 65536), small)
+    assert launch(monkeypatch, "wavenet", H100, small) == [[1, general_bytes(small.shape, 1)]]
+    codes, _ = launch(monkeypatch, "wavenet", Gpu((7, 5), 46, 65536), small)
     assert torch.equal(codes, wavenet_generate(small, wavenet_state(small, 2), philox_uniform(0, 2, 8)))
 
 
 def test_launcher_checks_before_it_asks_the_device(monkeypatch):
-    pack, conditioned = pack_of([1, 2]), pack_of([1, 2], condition=3, hop=4)
-    frames = torch.zeros(2, 3, 3)
-    for frame_count in (2, 3):  # where in a frame the stream stands is not looked at
-        assert launch(monkeypatch, H100, conditioned, condition=frames[:, :frame_count])
-    for wrong, message in (
-        ({"uniforms": torch.zeros(2, 8, device="meta")}, "uniforms must be on the pack's device cpu, got meta"),
-        ({"state": wavenet_state(pack, 3)}, "state must have shape"),
-        ({"codes": torch.zeros(2, 9, dtype=torch.uint8)}, "codes must have shape"),
-        ({"condition": frames}, "condition must be given exactly for"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            launch(monkeypatch, H100, pack, **wrong)
-    with pytest.raises(ValueError, match=r"condition must have shape \(2, 2 .. 3, 3\) \(hop 4\), got \(2, 1, 3\)"):
-        launch(monkeypatch, H100, conditioned, condition=frames[:, :1])
+    check_checks_come_first(monkeypatch, "wavenet", pack_of([1, 2]), pack_of([1, 2], condition=3, hop=4))
 
 
 # ---- on a GPU
