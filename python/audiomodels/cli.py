@@ -122,10 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="audiokernels: %(message)s")
     warnings.showwarning = lambda message, *_: print(f"audiokernels: {message}", file=sys.stderr)
     try:
-        if (sys.argv[1:] if arguments is None else list(arguments)) == ["--version"]:
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        if words == ["--version"]:
             print(f"audiokernels {audiokernels.__version__}")
             raise SystemExit(0)
-        kinds, words = chosen(sys.argv[1:] if arguments is None else arguments)
+        kinds, words = chosen(words)
         commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())
         command = tyro.cli(
             Union[commands],  # noqa: UP007 (a tuple)

@@ -44,9 +44,7 @@ from audiomodels.wavenet import WaveNetConfig
 tyro = require("tyro")
 ModelFolder = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="MODEL")]
 MOST_CONTEXT = 1 << 16  # samples of context in training and evaluation, however far a model sees
-PROMPT_SECONDS = (
-    10  # of a prompt that are read, or more where a model sees more: a sample of it costs as much as a new one
-)
+PROMPT_SECONDS = 10  # that are read, or more where a model sees more: a sample of a prompt costs as much as a new one
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 

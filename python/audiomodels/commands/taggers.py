@@ -28,6 +28,7 @@ tyro = require("tyro")
 Files = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE...")]
 Models = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL...")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
+Picture = Annotated[Path | None, tyro.conf.arg(metavar="PNG", aliases=("-o",))]
 TAGGERS: dict[str, type[Tagger]] = {"audio_transformer": AudioTransformer, "cnn": CNN}
 
 
@@ -120,9 +121,7 @@ class Tag:
     file: AudioFile  # any sound file
     model: Folder = Path("tagger")  # one that comes with the package, or a folder of `train --model audio_transformer`
     top: int = 8  # labels shown
-    out: Annotated[Path | None, tyro.conf.arg(metavar="PNG", aliases=("-o",))] = (
-        None  # the picture; default: FILE's name + _tags.png, here
-    )
+    out: Picture = None  # the picture; default: FILE's name + _tags.png, here
 
     def run(self) -> None:
         if self.top < 1:

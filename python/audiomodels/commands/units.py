@@ -12,6 +12,7 @@ from audiomodels.compare.representations import CompareRepresentationsConfig, Re
 from audiomodels.data import Recordings
 
 tyro = require("tyro")
+Models = Annotated[Path, tyro.conf.arg(aliases=("--model",))]
 
 
 @dataclass
@@ -45,9 +46,7 @@ class Continue:
     """Continue a recording: the sound, and what follows, by the shipped models of piano or those of `train-units`."""
 
     file: AudioFile  # audio file to continue
-    models: Annotated[Path, tyro.conf.arg(aliases=("--model",))] = Path(
-        "piano-units"
-    )  # name of shipped models, or folder that train-units wrote
+    models: Models = Path("piano-units")  # name of shipped models, or folder that train-units wrote
     seconds: float = 5.0  # of new sound
     out: Out = Path("out.wav")  # .wav or .flac
     temperature: float = 1.0  # 0: always the most probable unit and sample
