@@ -63,7 +63,8 @@ def plan_runs(dim: int, seqlen: int | None, plan: str = "dyadic") -> list[int]:
 def level_runs(levels: Sequence[int] | Tensor | None, dim: int, seqlen: int | None) -> list[int]:
     """The runs of a public op's `levels`; None is the dyadic plan. Raise TypeError or ValueError where wrong."""
     if levels is None:
-        return plan_runs(dim, seqlen)
+        whole = type(dim) is int and (seqlen is None or type(seqlen) is int)  # symbolic numbers have no hash
+        return list(_planned(dim, seqlen)) if whole and not torch.compiler.is_compiling() else plan_runs(dim, seqlen)
     if isinstance(levels, Tensor):
         if levels.ndim != 1 or levels.is_floating_point() or levels.is_complex() or levels.dtype == torch.bool:
             raise TypeError(f"levels must be integers (dim,), got {levels.dtype} of shape {tuple(levels.shape)}")
@@ -77,6 +78,11 @@ def level_runs(levels: Sequence[int] | Tensor | None, dim: int, seqlen: int | No
         raise TypeError(f"levels must be integers, got {wrong[0]}")
     grouped = _grouped.__wrapped__ if torch.compiler.is_compiling() else _grouped
     return list(grouped(tuple(levels)))
+
+
+@lru_cache
+def _planned(dim: int, seqlen: int | None) -> tuple[int, ...]:
+    return tuple(plan_runs(dim, seqlen))
 
 
 @lru_cache

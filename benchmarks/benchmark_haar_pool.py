@@ -9,7 +9,7 @@ tensor, twice for forward + backward. The ratio is our rate as a share of copy_'
 On the CPU freed memory is kept for the next result: the page faults of fresh memory take more time than a copy ("copy
 into new memory", limits). There the op and copy_ also run on two threads.
 
-Not timed: haar_pool_ (see explain). --full adds the linear plan in causal mode; --size keeps one size.
+Not timed: haar_pool_ (see explain). --full adds the linear plan in causal mode; --size measures that one instead.
 """
 
 import argparse
@@ -40,12 +40,19 @@ class Case(NamedTuple):
         return f"{'x'.join(map(str, self.shape))}, {self.mode}, {self.plan}, {part}"
 
 
-def cases(device: str, quick: bool, full: bool) -> list[Case]:
+def shape_of(text: str) -> tuple[int, int, int]:
+    batch, seqlen, dim = map(int, text.split("x"))
+    return batch, seqlen, dim
+
+
+def cases(device: str, quick: bool, full: bool, size: tuple[int, int, int] | None) -> list[Case]:
     shapes = [(64, 1600, 64), (32, 4096, 256), (8, 16384, 512)]
     if device == "cpu":
         shapes = shapes[:2]  # beyond the caches
     if quick:
         shapes = [(1, 200, 16), (16, 100, 16)]
+    if size:
+        shapes = [size]
     kinds = [("block", "dyadic"), ("block", "linear"), ("causal", "dyadic")]
     if full or quick:
         kinds.append(("causal", "linear"))
@@ -200,13 +207,11 @@ def limits(clock: common.Clock, arguments: argparse.Namespace) -> list[common.Ro
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--full", action="store_true", help="the linear plan in causal mode too")
-    parser.add_argument("--size", metavar="BxTxD", help="only this one, such as 64x1600x64")
+    parser.add_argument("--size", metavar="BxTxD", type=shape_of, help="only this one, such as 8x16384x512")
     arguments = parser.parse_args()
     clock = common.begin(arguments)
     rows = limits(clock, arguments)
-    for case in cases(arguments.device, arguments.quick, arguments.full):
-        if arguments.size not in (None, "x".join(map(str, case.shape))):
-            continue
+    for case in cases(arguments.device, arguments.quick, arguments.full, arguments.size):
         for threads in (1, 2) if arguments.device == "cpu" else (1,):
             rows += measure(case, threads, arguments)
     common.finish(NAME, rows, arguments)

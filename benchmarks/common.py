@@ -322,7 +322,7 @@ def write_csv(path: Path, benchmark: str, rows: Sequence[Row], where: Mapping[st
 
 
 def write_bars(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """A picture: one panel a case and unit, one bar a row."""
+    """A picture: one panel a case and unit, one bar a row: blue where there is an aim (floor or goal), else grey."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -331,21 +331,35 @@ def write_bars(path: Path, title: str, rows: Sequence[Row]) -> None:
     panels: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         panels.setdefault((row.case, row.unit), []).append(row)
-    heights = [0.6 + 0.3 * len(members) for members in panels.values()]
+    columns = min(3, -(-len(panels) // 4))
+    lines = -(-len(panels) // columns)
+    most = max(map(len, panels.values()))
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9, 1 + sum(heights)), squeeze=False, layout="constrained",
-        gridspec_kw={"height_ratios": heights},
-    )  # fmt: skip
-    for axis, ((case, unit), members) in zip(axes[:, 0], panels.items(), strict=True):
+        lines,
+        columns,
+        figsize=(2 + 5.5 * columns, 1 + lines * (0.6 + 0.22 * most)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    ours = {row.side for row in rows if row.goal is not None or row.floor is not None}
+    for axis, ((case, unit), members) in zip(axes.flat, panels.items(), strict=False):
         names = [_bar_name(row, members) for row in members]
         medians = np.array([row.median for row in members])
         low = np.array([row.median if row.low is None else row.low for row in members])
         high = np.array([row.median if row.high is None else row.high for row in members])
         places = np.arange(len(members))
-        axis.barh(places, medians, xerr=np.abs(np.stack([medians - low, high - medians])), height=0.7)
-        axis.set_yticks(places, names, fontsize=8)
+        colours = ["#6db3f2" if row.side in ours else "silver" for row in members]
+        spread = np.abs(np.stack([medians - low, high - medians]))
+        axis.barh(places, medians, xerr=spread, height=0.75, color=colours, error_kw={"elinewidth": 0.8})
+        for place, row in zip(places, members, strict=True):
+            if row.ratio is not None:
+                axis.text(0, place, f" {row.ratio:.2g} x {row.ratio_to}", va="center", fontsize=6)
+        axis.set_yticks(places, names, fontsize=7)
+        axis.tick_params(axis="x", labelsize=7)
         axis.invert_yaxis()
-        axis.set_title(f"{case} ({unit})" if unit else case, fontsize=9, loc="left")
+        axis.set_title(f"{case} ({unit})" if unit else case, fontsize=8, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
