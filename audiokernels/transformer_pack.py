@@ -19,7 +19,7 @@ csrc/transformer_generate.h reads the same layout.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ from audiokernels._packing import (
 
 POSITIONS = ("rotary", "sinusoidal")
 FUSIONS = ("none", "logits", "add", "film")
+CACHE_DTYPES = (torch.float32, torch.bfloat16)
 KEY_BLOCK = 64  # keys that lie side by side in the cache, whose capacity is a multiple of it
 MAX_SLOTS = 1 << 24  # of any ring
 MAX_LEVEL = 20
@@ -157,6 +158,19 @@ class TransformerPack:
         """The pack on another device. Its dtype was chosen when it was made."""
         return TransformerPack(self.data.to(device=torch.device(device)), self.shape)
 
+    def with_cache(self, dtype: torch.dtype) -> "TransformerPack":
+        """The same weights over keys and values kept in `dtype`, torch.float32 or torch.bfloat16.
+
+        transformer_pack chooses float32 for float32 weights, else bfloat16. Float32 weights over a bfloat16 cache read
+        two thirds of the bytes of a step; its logits differ from those over float32 by about 0.3 %.
+
+        Raises:
+            ValueError: another dtype.
+        """
+        if dtype not in CACHE_DTYPES:
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        return TransformerPack(self.data, replace(self.shape, cache_dtype=dtype))
+
 
 def transformer_pack(
     weights: Mapping[str, Tensor],
@@ -192,7 +206,7 @@ def transformer_pack(
             integer 0 .. 20 a channel; () for none.
         dtype: torch.float32, torch.bfloat16 or torch.int8 (one scale a row and tap; activations are quantised per
             vector at run time). Embeddings, biases and condition weights stay float32. With float32 the cache of keys
-            and values is float32, with the others bfloat16.
+            and values is float32, with the others bfloat16; TransformerPack.with_cache changes that.
         hop: samples that one frame of the condition lasts.
 
     Returns:

@@ -119,6 +119,34 @@ def test_narrow_packs_are_near_the_reference(dtype, isa):
         assert difference.max() <= (0.01 if exact else 0.06) and difference.mean() <= (2e-4 if exact else 0.01)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16], ids=str)
+def test_the_cache_has_a_dtype_of_its_own(cache, isa):
+    """Float32 weights over either cache, against the reference over the same one, past a wrap of the ring."""
+    options, sizes = options_of(SHAPES["odd sizes"])
+    exact = transformer_pack(weights_of(**sizes), **options)
+    pack = exact.with_cache(cache)
+    assert pack.data is exact.data and pack.shape.cache_bytes() * 4 == exact.shape.cache_bytes() * cache.itemsize
+    n = pack.shape.capacity + 40
+    codes, uniforms = random_codes(pack, 2, n), philox_uniform(1, 2, n)
+    _, expected = reference(pack, transformer_state(pack, 2), uniforms, codes)
+    with in_use(isa):
+        _, logits = transformer_generate(pack, transformer_state(pack, 2), uniforms, codes=codes, return_logits=True)
+        _, float32 = transformer_generate(exact, transformer_state(exact, 2), uniforms, codes=codes, return_logits=True)
+    largest = expected.abs().max()
+    assert (logits - expected).abs().max() <= (1e-5 if cache == torch.float32 else 0.01) * largest
+    rounding = (logits - float32).abs().max() / largest
+    assert rounding == 0 if cache == torch.float32 else 1e-5 < rounding < 0.02
+    kernel = explain(transformer_generate, pack, transformer_state(pack, 2), uniforms).kernel
+    assert f"{str(cache).removeprefix('torch.')} cache" in kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8, "bfloat16"])
+def test_the_cache_is_float32_or_bfloat16(dtype):
+    with pytest.raises(ValueError, match=r"dtype must be torch\.float32 or torch\.bfloat16, got"):
+        pack_of().with_cache(dtype)
+
+
 @pytest.mark.parametrize("hop", [1, 7, 16])
 @pytest.mark.parametrize("implementation", ["op", "reference"])
 def test_condition_is_held_for_the_hop(hop, implementation):

@@ -1,7 +1,6 @@
 """transformer_generate's kernel for GPUs: the same source run on the host, and on a GPU where there is one."""
 
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,6 @@ from transformer_on_host import on_host
 from wavenet_cases import differing_draws
 
 from audiokernels import (
-    TransformerPack,
     explain,
     philox_uniform,
     transformer_generate,
@@ -75,8 +73,7 @@ def test_kernel_is_right(name):
 def test_packs_and_caches(dtype, cache):
     """Against the CPU kernel, which rounds int8 activations once a vector instead of once a slice."""
     options, sizes = options_of(SHAPES["film, sinusoidal"])
-    pack = transformer_pack(weights_of(**sizes), **{**options, "positions": "rotary"}, dtype=dtype)
-    pack = TransformerPack(pack.data, replace(pack.shape, cache_dtype=cache))
+    pack = transformer_pack(weights_of(**sizes), **{**options, "positions": "rotary"}, dtype=dtype).with_cache(cache)
     uniforms, codes = philox_uniform(1, 2, 20), codes_of(pack, 2, 20)
     expected_state, state = transformer_state(pack, 2), transformer_state(pack, 2)
     _, expected = transformer_generate(pack, expected_state, uniforms, codes=codes, return_logits=True)
