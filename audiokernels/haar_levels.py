@@ -11,6 +11,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from audiokernels._checks import is_whole
+
 MAX_LEVEL = 62
 
 
@@ -38,7 +40,8 @@ def haar_levels(dim: int, seqlen: int, plan: str = "dyadic") -> tuple[int, ...]:
 def plan_runs(dim: int, seqlen: int | None, plan: str = "dyadic") -> list[int]:
     """The same as runs; without a seqlen every level of the dyadic plan stays as it is."""
     for name, value in (("dim", dim), ("seqlen", 0 if seqlen is None else seqlen)):
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        number = isinstance(value, (int, torch.SymInt)) or is_whole(value)  # whose test would fix a symbolic one
+        if isinstance(value, bool) or not number:
             raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
         if value < 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
@@ -73,9 +76,11 @@ def level_runs(levels: Sequence[int] | Tensor | None, dim: int, seqlen: int | No
         raise TypeError(f"levels must be a sequence of integers, a tensor of them or None, got {type(levels).__name__}")
     if len(levels) != dim:
         raise ValueError(f"levels must have one number for each of the {dim} channels, got {len(levels)}")
-    wrong = sorted(kind.__name__ for kind in set(map(type, levels)) - {int})
-    if wrong:
-        raise TypeError(f"levels must be integers, got {wrong[0]}")
+    if set(map(type, levels)) - {int}:
+        wrong = sorted({type(level).__name__ for level in levels if not is_whole(level)})
+        if wrong:
+            raise TypeError(f"levels must be integers, got {wrong[0]}")
+        levels = [int(level) for level in levels]  # numpy's
     grouped = _grouped.__wrapped__ if torch.compiler.is_compiling() else _grouped
     return list(grouped(tuple(levels)))
 

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -463,6 +464,15 @@ def test_wrong_call(case):
     for op in (haar_pool, haar_pool_):
         with pytest.raises(error, match=message):
             op(**args)
+
+
+def test_integers_of_numpy_are_integers():
+    x, levels = torch.randn(2, 50, 8), haar_levels(8, 50)
+    assert haar_levels(np.int64(8), np.int32(50)) == levels
+    assert all(type(level) is int for level in haar_levels(np.int64(8), np.int32(50)))
+    assert torch.equal(haar_pool(x, levels=[np.int64(level) for level in levels]), haar_pool(x, levels=levels))
+    with pytest.raises(TypeError, match="levels must be integers, got bool"):
+        haar_pool(x, levels=[np.int64(0)] * 7 + [True])
 
 
 @pytest.mark.parametrize("op", [OP, INPLACE], ids=str)
