@@ -49,6 +49,13 @@ def test_info(call):
     assert call("--version")[:2] == (0, f"audiokernels {audiokernels.__version__}\n")
 
 
+@pytest.mark.parametrize("what", ["generators", "taggers", "representations"])
+def test_comparisons_want_a_corpus_before_they_write(call, what, tmp_path):
+    code, _, err = call(f"compare-{what}", "--data", tmp_path / "none", "--out", tmp_path / "out")
+    assert code and "data must be a corpus folder, as audiokernels build-corpus writes; " in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_generate(call, model, tmp_path):
     code, out, _ = call("generate", model, "--out", tmp_path / "x.wav", "--seconds", 0.1, "--seed", 5)
     assert code == 0 and "x real time" in out

@@ -23,7 +23,7 @@ from audiomodels.compare import generator_report, generator_rows
 from audiomodels.compare.bootstrap import Units
 from audiomodels.compare.generator_data import Data, load
 from audiomodels.compare.generator_rows import PROTOCOLS, Row
-from audiomodels.compare.runs import RESULT, choose_learning_rate, environment, is_done, read, write
+from audiomodels.compare.runs import RESULT, check_corpus, choose_learning_rate, environment, is_done, read, write
 from audiomodels.compare.score import measured, model_units, position_bits, total, trivial_units
 from audiomodels.data import Crops
 from audiomodels.train import History, Scores, TrainConfig, TrainingError, cross_entropy, device_of, fit, predict
@@ -79,6 +79,7 @@ class Comparison:
 
     def run(self) -> None:
         """Make every run that is missing; write the tables after each."""
+        check_corpus(self.config.data)
         if self.config.threads:
             torch.set_num_threads(self.config.threads)
         with checkpoint.lock(self.config.out):

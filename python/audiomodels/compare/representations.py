@@ -26,7 +26,7 @@ from audiomodels.code_lm import CodeLM, CodeLMConfig, code_recordings
 from audiomodels.codebook import name_of
 from audiomodels.compare import representation_report as report
 from audiomodels.compare.representation_data import Task, noisy, tasks, unlabelled
-from audiomodels.compare.runs import RESULT, choose_learning_rate, environment, is_done, read, write
+from audiomodels.compare.runs import RESULT, check_corpus, choose_learning_rate, environment, is_done, read, write
 from audiomodels.compare.taggers import digest_of
 from audiomodels.data import Crops, Recordings
 from audiomodels.encoders import CodeLMEncoder, Coder, Encoder, VGGEncoder
@@ -162,6 +162,8 @@ class RepresentationComparison:
 
     def run(self) -> None:
         """Make every run that is missing; write the tables after each."""
+        check_corpus(self.config.data)
+        check_corpus(self.config.speech)
         with checkpoint.lock(self.config.out):
             try:
                 for seed in () if self.config.report_only else self.config.seeds:

@@ -19,6 +19,12 @@ RESULT = "result.json"  # of a finished run
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 
 
+def check_corpus(data: Path | None) -> None:
+    """Before anything is written. ValueError where there is no such folder; None is for the caller to judge."""
+    if data is not None and not data.is_dir():
+        raise ValueError(f"data must be a corpus folder, as audiokernels build-corpus writes; {data} is none")
+
+
 def is_done(out: Path, asked: dict[str, Any]) -> bool:
     """Does `out` hold a finished run? ValueError where it was one of other settings than `asked`."""
     if not (out / RESULT).is_file():

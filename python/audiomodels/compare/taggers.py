@@ -25,6 +25,7 @@ from audiomodels.cnn import CNN, CNNConfig
 from audiomodels.compare import tagger_report
 from audiomodels.compare.runs import (
     RESULT,
+    check_corpus,
     choose_learning_rate,
     device_name,
     environment,
@@ -135,6 +136,7 @@ class TaggerComparison:
 
     def run(self) -> None:
         """Make every run that is missing; write the tables."""
+        check_corpus(self.config.data)
         with checkpoint.lock(self.config.out):
             try:
                 for seed in () if self.config.report_only else self.config.seeds:
