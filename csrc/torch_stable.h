@@ -15,6 +15,10 @@
 #include <torch/headeronly/util/Half.h>
 #include <torch/headeronly/version.h>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
+#endif
+
 namespace audiokernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
