@@ -172,18 +172,9 @@ AK_PTX void mbarrier_arrive_cluster(uint32_t bar) {  // of any block of the clus
 AK_PTX void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
-// Waits a while for the end of the phase of that parity; false if it has not come.
+// Waits a while for the end of the phase of that parity; false if it has not come. Orders shared memory alone: an acquire
+// of all memory empties the multiprocessor's L1 cache.
 AK_PTX bool mbarrier_try_wait(uint32_t bar, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-      : "=r"(done)
-      : "r"(bar), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-// The same, but orders shared memory alone: an acquire of all memory empties the multiprocessor's L1 cache.
-AK_PTX bool mbarrier_try_wait_shared(uint32_t bar, uint32_t parity) {
   uint32_t done;
   asm volatile(
       "{.reg .pred p; mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;"

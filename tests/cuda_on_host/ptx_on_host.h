@@ -189,7 +189,6 @@ inline bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
                   long(address % host::launch_now->stride));
   return bar.phase != parity;
 }
-inline bool mbarrier_try_wait_shared(uint32_t bar, uint32_t parity) { return mbarrier_try_wait(bar, parity); }
 
 // ---- asynchronous writes
 
