@@ -386,7 +386,8 @@ def test_a_missing_wait_of_the_cluster_kernel_is_seen(edit):
 
 
 def test_launcher_takes_the_planned_kernel(monkeypatch):
-    assert launch(monkeypatch, "wavenet", H100, pack_of([1, 2], dtype=torch.float16, **SMALL)) == [[1, 1, 4]]
+    for dtype in (torch.float16, torch.int8):
+        assert launch(monkeypatch, "wavenet", H100, pack_of([1, 2], dtype=dtype, **SMALL)) == [[1, 1, 4]]
     small = pack_of([1, 2])
     assert launch(monkeypatch, "wavenet", H100, small) == [[1, general_bytes(small.shape, 1)]]
     codes, _ = launch(monkeypatch, "wavenet", Gpu((7, 5), 46, 65536), small)
@@ -402,8 +403,8 @@ def test_launcher_checks_before_it_asks_the_device(monkeypatch):
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DILATIONS = [2**i for i in range(10)] * 2
 STANDARD = {"residual": 64, "hidden": 64, "skip": 256, "head": 256, "n_class": 256}
-KERNELS = [("cuda_cluster", torch.float16), ("cuda_general", torch.float16), ("cuda_general", torch.float32)]
-KERNELS.append(("cuda_cluster", torch.int8))
+KERNELS = [("cuda_cluster", dtype) for dtype in (torch.float16, torch.int8)]
+KERNELS += [("cuda_general", dtype) for dtype in (torch.float16, torch.float32)]
 
 
 def on_gpu(pack, state, uniforms, kernel=None, **options):
@@ -430,7 +431,8 @@ def skip_without(kernel):
 @pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
 @pytest.mark.parametrize("condition", [0, 5])
 def test_cuda_teacher_forced_logits(kernel, dtype, condition):
-    """Over more than two receptive fields, against float64 on the unrounded weights; draws on the reference's edges."""
+    """Over more than two receptive fields, against float64 on the unrounded weights, of int8 on those of the pack;
+    draws on the reference's edges."""
     skip_without(kernel)
     weights = weights_of(20, gain=1.0, condition=condition, **STANDARD)
     pack = wavenet_pack(weights, DILATIONS, dtype=dtype, hop=50).to("cuda")
@@ -441,7 +443,8 @@ def test_cuda_teacher_forced_logits(kernel, dtype, condition):
         pack, wavenet_state(pack, batch), uniforms.cuda(), kernel, return_logits=True,
         condition=None if frames is None else frames.cuda(),
     )  # fmt: skip
-    cuda = {name: tensor.cuda() for name, tensor in weights.items()}
+    held = wavenet_unpack(pack.data, pack.shape) if dtype == torch.int8 else weights
+    cuda = {name: tensor.cuda() for name, tensor in held.items()}
     expected = full_logits(cuda, DILATIONS, codes, condition=None if frames is None else frames.cuda(), hop=50).cpu()
     codes, logits = codes.cpu(), logits.cpu()
     assert rms(logits - expected) < (1e-5 if dtype == torch.float32 else 1e-3) * rms(expected)
