@@ -7,6 +7,7 @@ multiplies a vector and no horizontal sum is ever needed:
                 float32:  (taps, K, rows16)
                 float16, bfloat16: (taps, K / 2, rows16, 2)      K padded to even
                 int8:     scale float32 (taps, rows16), offset int32 (taps, rows16), (taps, K / 4, rows16, 4)
+                          weight = scale * int8, the scales with 11 significant bits;
                           K padded to a multiple of 4; offset = -128 * sum of the row, for kernels that feed
                           the activations as unsigned bytes
 
@@ -75,12 +76,18 @@ def pack_matrix(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> list[Tensor
     rows, taps, inputs = weight.shape
     sections = [bias]
     if dtype == torch.int8:
-        scale = weight.abs().amax(2).T.contiguous() / 127
+        scale = _int8_scale(weight.abs().amax(2).T.contiguous())
         quantized = (weight / torch.where(scale > 0, scale, 1).T[:, :, None]).round().clamp(-127, 127)
         sections += [scale, (-128 * quantized.sum(2)).to(torch.int32).T]
         weight = quantized
     lanes = weight.permute(1, 2, 0).reshape(taps, inputs // group, group, rows).transpose(2, 3)
     return [to_bytes(section) for section in (*sections, lanes.to(dtype))]
+
+
+def _int8_scale(largest: Tensor) -> Tensor:
+    """largest / 127, rounded up to 11 significant bits: float32 holds its products with int8 exactly, so that kernels
+    that widen the weights to float16 round them once."""
+    return (((largest / 127).view(torch.int32) + 0x1FFF) & ~0x1FFF).view(torch.float32)
 
 
 def unpack_matrix(data: Tensor, rows: int, taps: int, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

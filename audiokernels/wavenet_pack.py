@@ -118,7 +118,8 @@ def wavenet_pack(
             class that is never drawn.
         dilations: one integer >= 1 a layer, in order.
         dtype: torch.float32, float16, bfloat16, or int8 (one scale a row and tap; activations are quantised per
-            vector at run time, sums are exact in int32). Embedding, biases and condition weights stay float32.
+            vector at run time, sums are exact in int32; on a GPU's clusters activations are float16). Embedding,
+            biases and condition weights stay float32.
         hop: samples that one frame of the condition lasts.
 
     Returns:

@@ -1,10 +1,10 @@
 """Which CUDA kernel a call of wavenet_generate takes, in how many blocks: a pure function of sizes and device facts.
 
 cuda_cluster: clusters of 2 to 16 blocks keep all weights in registers and shared memory and run 1 to 4 groups of 8
-streams each, as many as fit and fill the GPU once. It takes float16 and bfloat16 packs of 32, 64 or 128 residual
+streams each, as many as fit and fill the GPU once. It takes float16, bfloat16 and int8 packs of 32, 64 or 128 residual
 channels with as many hidden ones, width 2 or 3, 64 to 256 skip and head channels and classes, compute capability 9 and
-10; up to 40 layers, of width 3 and 64 channels up to 34, of 128 channels up to 12, and up to 60 where the skip
-channels leave room.
+10; up to 40 layers (int8: 50), of width 3 and 64 channels up to 34 (int8: 50), of 128 channels up to 12, and up to 60
+where the skip channels leave room.
 cuda_general: a block takes one or four streams and reads all weights from L2 for each sample; any sizes whose
 activations fit the shared memory of a block, sm_80 and later.
 """
@@ -56,6 +56,8 @@ def wavenet_generate_plan(shape: WaveNetShape, batch: int, gpu: Gpu) -> WaveNetP
         why = (
             f"{count} cluster(s) of {layer_blocks} + {head_blocks} blocks, {groups} group(s) of {STREAMS} streams each"
         )
+        if shape.dtype == torch.int8:
+            why += "; int8 weights are widened to float16, activations stay in float16"
         shared_bytes = cluster_bytes(shape, *cluster)
         return WaveNetPlan("cuda_cluster", why, groups * STREAMS, count * size, shared_bytes, cluster)
     alone, shared = (general_bytes(shape, streams) for streams in (1, 4))
@@ -77,8 +79,8 @@ def cluster_layout(shape: WaveNetShape, batch: int, gpu: Gpu) -> tuple[tuple[int
     """(groups, layer blocks, head blocks) of a cluster, or () and why there is none. Codes depend on none of them."""
     if not any(gpu.clusters):
         return (), "clusters of so much shared memory do not fit this GPU"
-    if shape.dtype not in (torch.float16, torch.bfloat16):
-        return (), "the pack is neither float16 nor bfloat16"
+    if shape.dtype == torch.float32:
+        return (), "the pack is in float32"
     if shape.residual not in LOCAL_LAYERS or shape.hidden != shape.residual or shape.width < 2:
         return (), "it takes 32, 64 or 128 residual channels, as many hidden ones, and a width of at least 2"
     rows = [round_up(size, LANES) for size in (shape.skip, shape.head, shape.n_class)]
@@ -107,7 +109,7 @@ def cluster_bytes(shape: WaveNetShape, groups: int, layer_blocks: int, head_bloc
     warps, skip_warps = (-(-rows // LANES // head_blocks) for rows in (max(skip, head, classes), skip))
     drawn = -(-STREAMS // head_blocks)  # streams
     held = min(-(-layers // 2), HELD_TILES // steps)  # layers
-    top = [8 * groups * layers, *[8 * groups] * 4, (layers - held) * skip_warps * steps * 512]
+    top = [8 * groups * layers, *[8 * groups] * 4, (layers - held) * skip_warps * tile_row_bytes(shape)]
     top += [groups * layers * vector, groups * skip_warps * 512]
     top += [*(groups * round_up(rows, 32) * 2 * STREAMS for rows in (skip, head))]
     top += [groups * drawn * classes * 4, warps * 64]
@@ -117,11 +119,16 @@ def cluster_bytes(shape: WaveNetShape, groups: int, layer_blocks: int, head_bloc
 def layer_bytes(shape: WaveNetShape, groups: int, local: int) -> int:
     """The same of a block of `local` layers."""
     residual, vector = shape.residual, shape.residual * 2 * STREAMS
-    parts = [8 * groups, local * shape.width * 2 * (residual // 16) ** 2 * 512]
+    parts = [8 * groups, local * shape.width * 2 * (residual // 16) * tile_row_bytes(shape)]
     parts += [groups * local * vector, local * (shape.width - 1) * vector, 2 * vector]
     parts += [groups * vector, groups * vector, 2 * groups * vector, 8 * local * residual, 4 * local * residual]
     parts += [local * 8, groups * local * STREAMS * 4, groups * STREAMS * 4, groups * STREAMS * 8]
     return sum(round_up(n, 16) for n in parts)
+
+
+def tile_row_bytes(shape: WaveNetShape) -> int:
+    """The same of 16 rows of weights by the residual channels."""
+    return shape.residual * 16 + 64 if shape.dtype == torch.int8 else shape.residual * 32
 
 
 def general_bytes(shape: WaveNetShape, streams: int) -> int:

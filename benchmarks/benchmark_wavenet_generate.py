@@ -8,7 +8,7 @@ Sides: wavenet_generate with float32, bfloat16 and int8 packs; eager ring buffer
 same batch and run. Limits in the same table: reading the pack once a sample (batch 1), torch.mm, a large copy. The
 ring-buffer peer is itself checked against the figures known of it elsewhere, in units of torch.mm and of torch.mv.
 
-On a GPU the sides are float16 and bfloat16 (clusters, where the GPU has them), float32 and int8 (the general kernel),
+On a GPU the sides are float16, bfloat16 and int8 (clusters, where the GPU has them), float32 (the general kernel),
 and the ring buffers of wavenet_peers.py in float16: eager, in a CUDA graph, compiled and in a CUDA graph; with and
 without condition, 20 and 40 layers. The cluster kernel counts itself where the time of a step goes. The note of a row
 holds the clock of the multiprocessors while it ran.

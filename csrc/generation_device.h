@@ -231,14 +231,10 @@ __device__ inline int draw(const CudaCall& c, float* logit, int stride, float* s
 #if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
 #define AK_CLUSTERS
 
-// Ends when the phase of that parity has; a wait for a block that failed ends the launch with an error. SharedOnly:
-// what other blocks wrote into global memory need not be seen.
-template <bool SharedOnly = false>
+// Ends when the phase of that parity has; a wait for a block that failed ends the launch with an error. What others
+// wrote into shared memory is seen then, what other blocks wrote into global memory is not.
 __device__ inline void wait(uint32_t bar, int64_t phase) {
-  const auto ended = [&] {
-    if constexpr (SharedOnly) return ptx::mbarrier_try_wait_shared(bar, uint32_t(phase & 1));
-    return ptx::mbarrier_try_wait(bar, uint32_t(phase & 1));
-  };
+  const auto ended = [&] { return ptx::mbarrier_try_wait(bar, uint32_t(phase & 1)); };
   if (ended()) return;
   constexpr uint64_t kPatience = 20'000'000'000ull;
   const uint64_t start = ptx::nanoseconds();

@@ -115,6 +115,24 @@ AK_PTX float half_of(uint32_t word, int high, BFloat16) {
   return __uint_as_float(high ? word & 0xffff0000u : word << 16);
 }
 
+// Byte i of the result is byte `selector >> 4 i & 7` of the eight of a and b.
+AK_PTX uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t word;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(selector));
+  return word;
+}
+// Two float16 at once, each result rounded once.
+AK_PTX uint32_t subtract_two(uint32_t a, uint32_t b) {
+  uint32_t word;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+}
+AK_PTX uint32_t multiply_two(uint32_t a, uint32_t b) {
+  uint32_t word;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+}
+
 // ---- barriers of a block; `threads` are those that sync and those that only arrive
 
 AK_PTX void barrier_sync(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -172,18 +190,9 @@ AK_PTX void mbarrier_arrive_cluster(uint32_t bar) {  // of any block of the clus
 AK_PTX void mbarrier_arrive_expect(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
-// Waits a while for the end of the phase of that parity; false if it has not come.
+// Waits a while for the end of the phase of that parity; false if it has not come. Orders shared memory alone: an
+// acquire of all memory empties the multiprocessor's L1 cache.
 AK_PTX bool mbarrier_try_wait(uint32_t bar, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-      : "=r"(done)
-      : "r"(bar), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-// The same, but orders shared memory alone: an acquire of all memory empties the multiprocessor's L1 cache.
-AK_PTX bool mbarrier_try_wait_shared(uint32_t bar, uint32_t parity) {
   uint32_t done;
   asm volatile(
       "{.reg .pred p; mbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;"

@@ -103,7 +103,7 @@ struct Together {
       ptx::store_async(ptx::map_shared(to, rank), __float_as_uint(v), ptx::map_shared(bar(), rank));
   }
   __device__ const float* finish() {
-    wait<true>(bar(), count / 2);
+    wait(bar(), count / 2);
     const float* received = here();
     count++;
     return received;

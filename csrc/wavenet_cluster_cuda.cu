@@ -9,7 +9,9 @@
 //     x_l = x_l-1 + W_res h_l-1
 //
 // so that a layer costs one barrier: x_l is computed beside h_l. M is formed at the start, in float32, rounded once; x
-// stays in float32 registers. Vectors of 8 streams are [channel][stream] in 16 bits, the B operand of mma.
+// stays in float32 registers. Vectors of 8 streams are [channel][stream] in 16 bits, the B operand of mma. Weights are
+// of 16 bits, or int8 that TileRow widens to float16 as it reads them from shared memory; those in registers are of 16
+// bits.
 //
 // Nothing is overwritten early, without any credit: every buffer belongs to one group, a group's step t + 1 begins when
 // all its codes of step t are there, and those need every value of step t to have been read.
@@ -19,16 +21,16 @@
 namespace audiokernels {
 namespace {
 
-template <int R, class Type>
+template <int R, class Weights>
 __global__ void __launch_bounds__(kThreads, 1)
     cluster_kernel(const __grid_constant__ WaveNetCall c, const __grid_constant__ WaveNetCluster k,
                    const __grid_constant__ Places at) {
 #ifdef AK_CLUSTERS
   const int64_t first = int64_t(blockIdx.x / (k.layer_blocks + k.head_blocks)) * k.groups * kStreams;
   if (int(ptx::cluster_rank()) < k.layer_blocks)
-    LayerBlock<R, Type>(c, k, at, first).run();
+    LayerBlock<R, Weights>(c, k, at, first).run();
   else
-    HeadBlock<R, Type>(c, k, at, first).run();
+    HeadBlock<R, Weights>(c, k, at, first).run();
   ptx::cluster_arrive();  // no block ends while others may write into it
   ptx::cluster_wait();
 #endif
@@ -36,12 +38,19 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 using Kernel = void (*)(WaveNetCall, WaveNetCluster, Places);
 
-template <class Type>
+template <class Weights>
 Kernel kernel_of(const WaveNetCall& c) {
   switch (c.residual) {
-    case 32: return cluster_kernel<32, Type>;
-    case 64: return cluster_kernel<64, Type>;
-    default: return cluster_kernel<128, Type>;
+    case 32: return cluster_kernel<32, Weights>;
+    case 64: return cluster_kernel<64, Weights>;
+    default: return cluster_kernel<128, Weights>;
+  }
+}
+Kernel kernel_of(const WaveNetCall& c) {
+  switch (c.dtype) {
+    case kFloat16: return kernel_of<ptx::Float16>(c);
+    case kBFloat16: return kernel_of<ptx::BFloat16>(c);
+    default: return kernel_of<Int8>(c);
   }
 }
 
@@ -54,10 +63,9 @@ cudaError_t configure(const WaveNetCall& c, const WaveNetCluster& k, Kernel* ker
   const bool rows = c.skip_rows >= tiles && c.head_rows >= tiles && c.class_rows >= tiles && c.skip_rows <= 256 &&
                     c.head_rows <= 256 && c.n_class <= 256;
   if (!sizes || !rows || k.groups < 1 || k.layer_blocks < 1 || k.layer_blocks > c.n_layer ||
-      local > most_local(c.residual) || 3 * Places::warps_of(c, k) > kWarps ||
-      (c.dtype != kFloat16 && c.dtype != kBFloat16))
+      local > most_local(c.residual) || 3 * Places::warps_of(c, k) > kWarps || c.dtype == kFloat32)
     return cudaErrorInvalidValue;
-  *kernel = c.dtype == kFloat16 ? kernel_of<ptx::Float16>(c) : kernel_of<ptx::BFloat16>(c);
+  *kernel = kernel_of(c);
   const int bytes = Places(c, k).bytes, blocks = k.layer_blocks + k.head_blocks, streams = k.groups * kStreams;
   cudaError_t error = cudaFuncSetAttribute(*kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error == cudaSuccess && blocks > 8)

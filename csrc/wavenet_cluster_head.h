@@ -11,8 +11,10 @@ namespace {
 // Three sets of as many warps, a warp a tile of 16 rows: the first one sums skip over the later half of the layers and
 // multiplies by head, the second one multiplies by the output's weights and draws, the third one sums skip over the
 // earlier half.
-template <int R, class Type>
+template <int R, class Weights>
 struct HeadBlock {
+  using Type = Multiplied<Weights>;
+  using Tiles = TileRow<R / 16, Weights>;
   static constexpr int kSteps = R / 16, kVector = R * 2 * kStreams, kMostHeld = kMostTiles / kSteps;
   const WaveNetCall& c;
   const WaveNetCluster& k;
@@ -42,9 +44,9 @@ struct HeadBlock {
         clock(c, ptx::cluster_rank(), warp == 0 && lane == 0 && set < 2) {}
 
   __device__ int early() const { return Places::early_of(c); }
-  __device__ uint4* skip_tile(int layer) const {
-    const int at_tile = ((layer - Places::held_of(c)) * Places::share_of(c.skip_rows, k) + warp) * kSteps;
-    return reinterpret_cast<uint4*>(shared + at.skip_weights) + at_tile * 32 + lane;
+  __device__ char* skip_row(int layer) const {
+    const int number = (layer - Places::held_of(c)) * Places::share_of(c.skip_rows, k) + warp;
+    return shared + at.skip_weights + number * tile_row_bytes(kIsInt8<Weights>, kSteps);
   }
   __device__ float4& partial(int g) const {
     return reinterpret_cast<float4*>(shared + at.partial)[(g * Places::share_of(c.skip_rows, k) + warp) * 32 + lane];
@@ -59,14 +61,9 @@ struct HeadBlock {
   __device__ int logit_bytes() const { return drawn() * c.class_rows * 4; }
 
   // The warp's rows of head or of the output; zeros past the end.
-  __device__ void load(uint4 (&w)[kMostTiles], const Matrix& m) const {
-#pragma unroll
-    for (int step = 0; step < kMostTiles; step++) w[step] = m.tile(row, row + 8, step);
-  }
-  __device__ uint4 skip_weight(int layer, int step) const {
-    const Pack pack{c};
-    const int from = pack.skip_row(layer) + row;
-    return pack.mix(layer).tile(from, from + 8, step);
+  __device__ void load(uint4 (&w)[kMostTiles], const Matrix<Weights>& m) const {
+#pragma unroll 1
+    for (int step = 0; step < kMostTiles; step++) set_tile(w, step, m.tile(row, row + 8, step));
   }
 
   // relu(sums) to the vectors at `offset` of every head block.
@@ -102,11 +99,15 @@ struct HeadBlock {
     for (int i = 0; i < 4; i++) sums[i] += odd[i];
   }
 
-  // sums += the warp's rows of skip of a layer.
-  __device__ void add_skip(float (&sums)[4], int layer, const uint4* tiles, int stride, int64_t t, int g) const {
+  // sums += the warp's rows of skip of a layer; the weights are read before the wait.
+  template <class T>
+  __device__ void add_skip(float (&sums)[4], int layer, const T& tile, int64_t t, int g) const {
     const int item = g * c.n_layer + layer;
+    uint4 tiles[kSteps];
+#pragma unroll
+    for (int step = 0; step < kSteps; step++) tiles[step] = tile(step);
     receive(at.h_full + 8 * item, kVector, t);
-    add_product<kSteps>(sums, tiles, stride, base + at.layer_h + item * kVector, Type{});
+    add_product<kSteps>(sums, [&](int step) { return tiles[step]; }, base + at.layer_h + item * kVector, Type{});
   }
 
   // The first set: skip of the later layers, and head.
@@ -115,7 +116,7 @@ struct HeadBlock {
       wait(base + at.early_full + 8 * g, t);
       const float4 before = partial(g);
       float sums[4] = {before.x, before.y, before.z, before.w};
-      for (int layer = early(); layer < c.n_layer; layer++) add_skip(sums, layer, skip_tile(layer), 32, t, g);
+      for (int layer = early(); layer < c.n_layer; layer++) add_skip(sums, layer, Tiles(skip_row(layer)), t, g);
       share(sums, skip_at(g), at.skip_full + 8 * g);
     }
     clock.lap(kSkip);
@@ -204,25 +205,25 @@ struct HeadBlock {
     float sums[4] = {bias[0], bias[0], bias[1], bias[1]};
 #pragma unroll
     for (int layer = 0; layer < kMostHeld; layer++)
-      if (layer < held) add_skip(sums, layer, w + layer * kSteps, 1, t, g);
-    for (int layer = held; layer < early(); layer++) add_skip(sums, layer, skip_tile(layer), 32, t, g);
+      if (layer < held) add_skip(sums, layer, [&](int step) { return w[layer * kSteps + step]; }, t, g);
+    for (int layer = held; layer < early(); layer++) add_skip(sums, layer, Tiles(skip_row(layer)), t, g);
     partial(g) = float4{sums[0], sums[1], sums[2], sums[3]};
     __syncwarp();
     if (lane == 0) ptx::mbarrier_arrive(base + at.early_full + 8 * g);
   }
   __device__ void load_early(uint4 (&w)[kMostTiles], float (&bias)[2]) const {
-    const Pack pack{c};
-#pragma unroll
-    for (int layer = 0; layer < kMostHeld; layer++)
-#pragma unroll
-      for (int step = 0; step < kSteps; step++)
-        if (layer < Places::held_of(c)) w[layer * kSteps + step] = skip_weight(layer, step);
+    const Pack<Weights> pack{c};
+#pragma unroll 1
+    for (int i = 0; i < Places::held_of(c) * kSteps; i++) {
+      const int from = pack.skip_row(i / kSteps) + row;
+      set_tile(w, i, pack.mix(i / kSteps).tile(from, from + 8, i % kSteps));
+    }
 #pragma unroll 1
     for (int layer = 0; layer < c.n_layer; layer++) {
-      for (int i = 0; i < 2; i++) bias[i] += pack.mix(layer).bias[pack.skip_row(layer) + row + lane / 4 + 8 * i];
-#pragma unroll 1
-      for (int step = 0; step < kSteps && layer >= Places::held_of(c); step++)
-        skip_tile(layer)[32 * step] = skip_weight(layer, step);
+      const Matrix<Weights> mix = pack.mix(layer);
+      const int from = pack.skip_row(layer) + row;
+      for (int i = 0; i < 2; i++) bias[i] += mix.bias[from + lane / 4 + 8 * i];
+      if (layer >= Places::held_of(c)) mix.put(skip_row(layer), from, from + 8, kSteps);
     }
   }
 
@@ -236,7 +237,7 @@ struct HeadBlock {
   }
 
   __device__ void run() {
-    const Pack pack{c};
+    const Pack<Weights> pack{c};
     if (set == 0) {
       uint4 w[kMostTiles];
       load(w, pack.head());

@@ -7,8 +7,10 @@
 namespace audiokernels {
 namespace {
 
-template <int R, class Type>
+template <int R, class Weights>
 struct LayerBlock {
+  using Type = Multiplied<Weights>;
+  using Tiles = TileRow<R / 16, Weights>;
   static constexpr int kSteps = R / 16, kVector = R * 2 * kStreams, kLocal = most_local(R);
   static constexpr int kTiles = R > 64 ? R / 64 : 1;  // of 16 rows, of a warp
   static constexpr int kGateWarps = 2 * kSteps / kTiles, kXWarps = kSteps / kTiles;
@@ -19,9 +21,9 @@ struct LayerBlock {
   uint32_t base;  // the address of `shared`
   int rank, warp, lane;
   int first_layer, n_local;
-  int64_t first;                    // stream of the cluster
-  uint4 w[kLocal][kTiles][kSteps];  // a gate warp's tiles of M, an x warp's of W_res
-  float pre[kLocal][kTiles][4];     // what z starts from in the next item: past taps, bias, condition
+  int64_t first;                      // stream of the cluster
+  uint4 w[kLocal * kTiles * kSteps];  // a gate warp's tiles of M, an x warp's of W_res
+  float pre[kLocal][kTiles][4];       // what z starts from in the next item: past taps, bias, condition
   StageClock clock;
 
   __device__ LayerBlock(const WaveNetCall& c, const WaveNetCluster& k, const Places& at, int64_t first)
@@ -54,67 +56,54 @@ struct LayerBlock {
   // The warp's tiles are row_tile() .. row_tile() + kTiles - 1.
   __device__ int row_tile() const { return kTiles * (gates() ? warp : warp - kGateWarps); }
   // Row tile i of the gate: 8 channels' tanh rows, then their sigmoid rows, so that a lane holds both.
-  __device__ uint4 gate_tile(const Matrix& m, int i, int step) const { return m.tile(8 * i, R + 8 * i, step); }
-  __device__ uint4* tile_of(int l, int tap, int row_tile, int step) const {
-    return reinterpret_cast<uint4*>(shared + at.weights) +
-           ((((l * c.width + tap) * 2 * kSteps + row_tile) * kSteps + step) * 32 + lane);
+  __device__ uint4 gate_tile(const Matrix<Weights>& m, int i, int step) const { return m.tile(8 * i, R + 8 * i, step); }
+  __device__ char* tile_row(int l, int tap, int row_tile) const {
+    return shared + at.weights +
+           ((l * c.width + tap) * 2 * kSteps + row_tile) * tile_row_bytes(kIsInt8<Weights>, kSteps);
   }
 
-  // A tile of M_l = W_cur W_res of the layer before, put where that of tap 0 belongs.
-  __device__ void multiply_weights(int l, int row_tile) const {
-    const Pack pack{c};
-    const int layer = first_layer + l;
-#pragma unroll 1
-    for (int step = 0; step < kSteps; step++) {
-      uint32_t words[4] = {};
+  // A tile of M_l = W_cur W_res of the layer before.
+  __device__ uint4 multiply_weights(int layer, int row_tile, int step) const {
+    const Pack<Weights> pack{c};
+    const Matrix<Weights> cur = pack.conv(layer).tap(c.width - 1), res = pack.mix(layer - 1);
+    uint32_t words[4];
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        if (layer == 0) continue;
-        const Matrix cur = pack.conv(layer).tap(c.width - 1), res = pack.mix(layer - 1);
-        const int column = 16 * step + 8 * half + lane / 4, shift = 16 * (column % 2);
-        const auto element = [&](int row) { return res.word(row, column / 2) >> shift & 0xffff; };
-        float sums[4] = {};
+    for (int half = 0; half < 2; half++) {
+      const int column = 16 * step + 8 * half + lane / 4, shift = 16 * (column % 2);
+      const auto element = [&](int row) { return res.word(row, column / 2) >> shift & 0xffff; };
+      float sums[4] = {};
 #pragma unroll 1
-        for (int j = 0; j < kSteps; j++) {
-          const int row = 16 * j + lane % 4 * 2;
-          ptx::mma(sums, gate_tile(cur, row_tile, j),
-                   uint2{element(row) | element(row + 1) << 16, element(row + 8) | element(row + 9) << 16}, Type{});
-        }
-        words[2 * half] = ptx::pack(sums[0], sums[1], Type{});
-        words[2 * half + 1] = ptx::pack(sums[2], sums[3], Type{});
+      for (int j = 0; j < kSteps; j++) {
+        const int row = 16 * j + lane % 4 * 2;
+        ptx::mma(sums, gate_tile(cur, row_tile, j),
+                 uint2{element(row) | element(row + 1) << 16, element(row + 8) | element(row + 9) << 16}, Type{});
       }
-      *tile_of(l, 0, row_tile, step) = {words[0], words[1], words[2], words[3]};
+      words[2 * half] = ptx::pack(sums[0], sums[1], Type{});
+      words[2 * half + 1] = ptx::pack(sums[2], sums[3], Type{});
     }
+    return {words[0], words[1], words[2], words[3]};
   }
 
   __device__ void load_weights() {
-    const Pack pack{c};
-    // By way of shared memory, so that the loops over layers stay loops; a lane reads back what it wrote itself.
+    const Pack<Weights> pack{c};
+    constexpr int kOfLayer = kTiles * kSteps;
 #pragma unroll 1
-    for (int l = 0; l < n_local; l++)
-#pragma unroll 1
-      for (int i = row_tile(); i < row_tile() + kTiles; i++) {
-        if (gates()) multiply_weights(l, i);
-        for (int step = 0; step < kSteps && has_x(); step++)
-          *tile_of(l, 1, i, step) =
-              first_layer + l > 0 ? pack.mix(first_layer + l - 1).tile(16 * i, 16 * i + 8, step) : uint4{0, 0, 0, 0};
-      }
-#pragma unroll
-    for (int l = 0; l < kLocal; l++)
-#pragma unroll
-      for (int i = 0; i < kTiles; i++)
-#pragma unroll
-        for (int step = 0; step < kSteps; step++)
-          if (l < n_local && (gates() || has_x())) w[l][i][step] = *tile_of(l, has_x(), row_tile() + i, step);
-    __syncthreads();
+    for (int n = 0; n < n_local * kOfLayer; n++) {
+      lane = ptx::opaque(lane);
+      const int layer = first_layer + n / kOfLayer, i = row_tile() + n / kSteps % kTiles, step = n % kSteps;
+      uint4 tile{};
+      if (layer > 0 && gates()) tile = multiply_weights(layer, i, step);
+      if (layer > 0 && has_x()) tile = pack.mix(layer - 1).tile(16 * i, 16 * i + 8, step);
+      set_tile(w, n, tile);
+    }
 #pragma unroll 1
     for (int l = 0; l < n_local; l++) {
       const int layer = first_layer + l;
-      const Matrix conv = pack.conv(layer), cur = conv.tap(c.width - 1);
+      const Matrix<Weights> conv = pack.conv(layer), cur = conv.tap(c.width - 1);
 #pragma unroll 1
-      for (int i = 0; i < c.width * kTiles * kSteps && gates(); i++) {
-        const int tap = i / (kTiles * kSteps), tile = row_tile() + i / kSteps % kTiles;
-        *tile_of(l, tap, tile, i % kSteps) = gate_tile(conv.tap(tap), tile, i % kSteps);
+      for (int i = 0; i < c.width * kTiles && gates(); i++) {
+        const int tap = i / kTiles, tile = row_tile() + i % kTiles;
+        conv.tap(tap).put(tile_row(l, tap, tile), 8 * tile, R + 8 * tile, kSteps);
       }
       // The residual's bias goes into x_l by itself and into z_l through W_cur.
       for (int row = threadIdx.x; row < 2 * R; row += kThreads) {
@@ -155,7 +144,7 @@ struct LayerBlock {
     const float* values = c.frames + b * c.frames_stride[0] + frame * c.frames_stride[1];
     for (int i = threadIdx.x; i < n_local * 2 * R; i += kThreads) {
       const int layer = first_layer + i / (2 * R), row = i % (2 * R);
-      float sum = Pack{c}.conv(layer).bias[row];
+      float sum = Pack<Weights>{c}.conv(layer).bias[row];
       for (int j = 0; j < c.condition; j++)
         sum =
             fmaf(__ldg(table + (int64_t(layer) * c.condition + j) * 2 * R + row), values[j * c.frames_stride[2]], sum);
@@ -233,12 +222,15 @@ struct LayerBlock {
         }
 #pragma unroll 1
         for (int tap = 0; tap + 1 < c.width; tap++)
-          add_product<kSteps>(pre[l][tile], tile_of(l, tap, row_tile() + tile, 0), 32,
+          add_product<kSteps>(pre[l][tile], Tiles(tile_row(l, tap, row_tile() + tile)),
                               base + at.past + (l * (c.width - 1) + tap) * kVector, Type{});
       }
     }
   }
 
+  __device__ auto held(int l, int tile) const {
+    return [=](int step) { return w[(l * kTiles + tile) * kSteps + step]; };
+  }
   __device__ void put(int offset, uint32_t value) const { *reinterpret_cast<uint32_t*>(shared + offset) = value; }
 
   // The layers of one step of a group, a barrier each.
@@ -258,8 +250,8 @@ struct LayerBlock {
 #pragma unroll
         for (int tile = 0; tile < kTiles; tile++) {
           float z[4] = {}, h[2];
-          add_product<kSteps>(z, w[l][tile], 1, base + h_in, Type{});
-          add_product<kSteps>(pre[l][tile], tile_of(l, c.width - 1, row_tile() + tile, 0), 32, base + x_in, Type{});
+          add_product<kSteps>(z, held(l, tile), base + h_in, Type{});
+          add_product<kSteps>(pre[l][tile], Tiles(tile_row(l, c.width - 1, row_tile() + tile)), base + x_in, Type{});
           for (int i = 0; i < 2; i++)
             h[i] = ptx::tanh_approx(z[i] + pre[l][tile][i]) *
                    fmaf(ptx::tanh_approx(0.5f * (z[2 + i] + pre[l][tile][2 + i])), 0.5f, 0.5f);
@@ -278,7 +270,7 @@ struct LayerBlock {
             if (l == 0) x[tile][i] = reinterpret_cast<float*>(shared + at.in_x32)[(g * R + row) * kStreams + s + i % 2];
             x[tile][i] += reinterpret_cast<float*>(shared + at.x_bias)[l * R + row];
           }
-          add_product<kSteps>(x[tile], w[l][tile], 1, base + h_in, Type{});
+          add_product<kSteps>(x[tile], held(l, tile), base + h_in, Type{});
           for (int half = 0; half < 2; half++) {
             const int row = low + 8 * half, bytes = row * 2 * kStreams + pair;
             const float two[2] = {x[tile][2 * half], x[tile][2 * half + 1]};
@@ -342,21 +334,23 @@ struct LayerBlock {
     __syncthreads();
     ptx::cluster_arrive();
     ptx::cluster_wait();
-    prepare(0, 0);
     clock.start();
     clock.add(kNanoseconds, -ptx::nanoseconds());
-    for (int64_t t = 0; t < c.n; t++)
-      for (int g = 0; g < k.groups; g++) {
-        const int next = g + 1 == k.groups ? 0 : g + 1;
-        const int64_t next_t = t + (next == 0);
-        lane = ptx::opaque(lane);
+    int g = k.groups - 1;
+    for (int64_t t = -1; t < c.n;) {  // from the item before the first one, so that prepare is here once
+      const int next = g + 1 == k.groups ? 0 : g + 1;
+      const int64_t next_t = t + (next == 0);
+      lane = ptx::opaque(lane), warp = ptx::opaque(warp);
+      if (t >= 0) {
         look_ahead(next, next_t > 0);
         receive(t, g);
         run_layers(g);
         clock.lap(kLayers);
-        if (next_t < c.n) prepare(next_t, next);
-        clock.lap(kPrepare);
       }
+      if (next_t < c.n) prepare(next_t, next);
+      clock.lap(kPrepare);
+      t = next_t, g = next;
+    }
     clock.add(kNanoseconds, ptx::nanoseconds());
   }
 };

@@ -217,7 +217,7 @@ EDITS = {
     "no barrier after the sums": ("finish == kRelu ? fmaxf(total, 0.0f) : total;\n      }\n      __syncthreads();",
                                   "finish == kRelu ? fmaxf(total, 0.0f) : total;\n      }"),
     "no barrier after the norm": ("* scale : 0.0f;\n    __syncthreads();", "* scale : 0.0f;"),
-    "no wait for an exchange": ("    wait<true>(bar(), count / 2);\n", ""),
+    "no wait for an exchange": ("    wait(bar(), count / 2);\n", ""),
     "no token of a block with nothing to send": ("if (rank() >= senders) put(", "if (false) put("),
     "one buffer for all exchanges": ("return buffer + int(count & 1) * floats;", "return buffer;"),
     "the ring one slot too long": ("slot + 1 == c.capacity() ?", "slot + 1 == c.capacity() + 64 ?"),

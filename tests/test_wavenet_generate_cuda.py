@@ -184,10 +184,73 @@ def test_cluster_kernel_in_bfloat16():
     assert differing_draws(logits, expected, uniforms, codes)[1] == 0
 
 
+def in_float16(pack):
+    """The float16 pack of the weights that a pack holds."""
+    weights, shape = wavenet_unpack(pack.data, pack.shape), pack.shape
+    return wavenet_pack(weights, shape.dilations, dtype=torch.float16, hop=shape.hop)
+
+
+def same_as_in_float16(pack, layout=(1, 2, 2), batch=3, n=9, seed=1, **options):
+    """Whether codes, logits and state of an int8 pack are those of in_float16(pack), bit for bit; and the logits."""
+    if pack.shape.condition:
+        options["condition"] = torch.randn(batch, (n - 1) // pack.shape.hop + 1, pack.shape.condition)
+    results = []
+    for one in (pack, in_float16(pack)):
+        state = wavenet_state(one, batch)
+        results.append((*cluster(one, state, philox_uniform(1, batch, n), layout, return_logits=True, seed=seed,
+                                 **options), state))  # fmt: skip
+    return all(map(torch.equal, *results)), results[0][:2]
+
+
 @host
-def test_cluster_kernel_one_tree_for_every_batch_chunk_layout_and_order():
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_cluster_kernel_in_int8_is_the_one_in_float16_of_the_same_weights(name):
+    """To the bit; logits against float64 convolutions of the weights that the pack holds."""
+    dilations, sizes, layout = CLUSTERS[name]
+    pack = pack_of(dilations, dtype=torch.int8, **{**SMALL, **sizes})
+    same, (codes, logits) = same_as_in_float16(pack, layout, seed=2)
+    expected = full_logits(wavenet_unpack(pack.data, pack.shape), dilations, codes)
+    assert same and rms(logits - expected) < 1e-3 * rms(expected) and len(codes.unique()) > 10
+
+
+@host
+@pytest.mark.parametrize("layout", [(1, 3, 2), (2, 1, 4)])
+def test_cluster_kernel_in_int8_with_condition_known_codes_and_rows_of_very_different_sizes(layout):
+    weights = weights_of(3, **SMALL, condition=4)
+    for weight in (weights["conv_weight"], weights["res_weight"], weights["skip_weight"]):
+        weight[:, ::3] *= 2.0**-11  # rows whose scales would be subnormal numbers of float16
+        weight[:, 1::5] = 0.0
+    pack = wavenet_pack(weights, [1, 2, 4], dtype=torch.int8, hop=4)
+    assert same_as_in_float16(pack, layout, batch=17, codes=torch.tensor([[5, 9, 11]] * 17))[0]
+
+
+@host
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("{scale(low + row), scale(high + row)}", "{scale(low + row), scale(low + row)}"),  # another row's
+        ("    m.scales += i * rows;\n", ""),  # another tap's
+        ("0x44804480u", "0x44004400u"),  # bytes taken for q, not 128 + q
+        ("^ 0x8080", ""),  # the sign bit as it is
+        ("row_bytes(bool is_int8, int steps) {\n  return is_int8 ? 256 * steps + 64",
+         "row_bytes(bool is_int8, int steps) {\n  return is_int8 ? 256 * steps"),  # scales that are written over
+    ],
+)  # fmt: skip
+def test_a_wrong_scale_of_the_cluster_kernel_is_seen(edit):
+    pack = pack_of([1, 2, 4], dtype=torch.int8, **SMALL, width=3)
+    assert same_as_in_float16(pack)[0]
+    try:
+        assert not same_as_in_float16(pack, edit=edit)[0]
+    except LaunchError:  # another size of shared memory than planned
+        assert "row_bytes" in edit[0]
+
+
+@host
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8], ids=str)
+def test_cluster_kernel_one_tree_for_every_batch_chunk_layout_and_order(dtype):
     """Codes and state, bit for bit: batch position, groups and clusters, layouts, chunks, forks, orders of threads."""
-    pack = pack_of([1, 2, 4], dtype=torch.float16, **SMALL)
+    pack = pack_of([1, 2, 4], dtype=dtype, **SMALL)
     uniforms, n = philox_uniform(3, 19, 8), 8
     state = wavenet_state(pack, 19)
     codes = cluster(pack, state, uniforms)  # three clusters
@@ -323,7 +386,8 @@ def test_a_missing_wait_of_the_cluster_kernel_is_seen(edit):
 
 
 def test_launcher_takes_the_planned_kernel(monkeypatch):
-    assert launch(monkeypatch, "wavenet", H100, pack_of([1, 2], dtype=torch.float16, **SMALL)) == [[1, 1, 4]]
+    for dtype in (torch.float16, torch.int8):
+        assert launch(monkeypatch, "wavenet", H100, pack_of([1, 2], dtype=dtype, **SMALL)) == [[1, 1, 4]]
     small = pack_of([1, 2])
     assert launch(monkeypatch, "wavenet", H100, small) == [[1, general_bytes(small.shape, 1)]]
     codes, _ = launch(monkeypatch, "wavenet", Gpu((7, 5), 46, 65536), small)
@@ -339,7 +403,8 @@ def test_launcher_checks_before_it_asks_the_device(monkeypatch):
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DILATIONS = [2**i for i in range(10)] * 2
 STANDARD = {"residual": 64, "hidden": 64, "skip": 256, "head": 256, "n_class": 256}
-KERNELS = [("cuda_cluster", torch.float16), ("cuda_general", torch.float16), ("cuda_general", torch.float32)]
+KERNELS = [("cuda_cluster", dtype) for dtype in (torch.float16, torch.int8)]
+KERNELS += [("cuda_general", dtype) for dtype in (torch.float16, torch.float32)]
 
 
 def on_gpu(pack, state, uniforms, kernel=None, **options):
@@ -366,7 +431,8 @@ def skip_without(kernel):
 @pytest.mark.parametrize(("kernel", "dtype"), KERNELS)
 @pytest.mark.parametrize("condition", [0, 5])
 def test_cuda_teacher_forced_logits(kernel, dtype, condition):
-    """Over more than two receptive fields, against float64 on the unrounded weights; draws on the reference's edges."""
+    """Over more than two receptive fields, against float64 on the unrounded weights, of int8 on those of the pack;
+    draws on the reference's edges."""
     skip_without(kernel)
     weights = weights_of(20, gain=1.0, condition=condition, **STANDARD)
     pack = wavenet_pack(weights, DILATIONS, dtype=dtype, hop=50).to("cuda")
@@ -377,7 +443,8 @@ def test_cuda_teacher_forced_logits(kernel, dtype, condition):
         pack, wavenet_state(pack, batch), uniforms.cuda(), kernel, return_logits=True,
         condition=None if frames is None else frames.cuda(),
     )  # fmt: skip
-    cuda = {name: tensor.cuda() for name, tensor in weights.items()}
+    held = wavenet_unpack(pack.data, pack.shape) if dtype == torch.int8 else weights
+    cuda = {name: tensor.cuda() for name, tensor in held.items()}
     expected = full_logits(cuda, DILATIONS, codes, condition=None if frames is None else frames.cuda(), hop=50).cpu()
     codes, logits = codes.cpu(), logits.cpu()
     assert rms(logits - expected) < (1e-5 if dtype == torch.float32 else 1e-3) * rms(expected)

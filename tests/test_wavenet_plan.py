@@ -1,5 +1,9 @@
 """wavenet_generate_plan: which kernel on which GPU, in how many blocks, and why."""
 
+import re
+from itertools import product
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -70,13 +74,16 @@ def test_what_a_cluster_takes():
         ({"residual": 128, "hidden": 128, "width": 3, "layers": 12}, (12, 4)),
         ({"condition": 80, "hop": 200}, (4, 4)),
         ({"dtype": torch.bfloat16}, (4, 4)),
+        ({"dtype": torch.int8}, (4, 4)),
+        ({"dtype": torch.int8, "layers": 50}, (10, 6)),
+        ({"dtype": torch.int8, "width": 3, "layers": 20}, (4, 4)),  # five layers a block, of float16 four
+        ({"dtype": torch.int8, "residual": 128, "hidden": 128, "width": 3, "layers": 12}, (12, 4)),
     ]
     for sizes, layout in taken:
         made = standard("H100", **sizes)
         assert made.kernel == "cuda_cluster" and made.cluster == (1, *layout), (sizes, made)
     refused = [
-        ({"dtype": torch.float32}, "neither float16"),
-        ({"dtype": torch.int8}, "neither float16"),
+        ({"dtype": torch.float32}, "float32"),
         ({"residual": 48, "hidden": 48}, "32, 64 or 128 residual"),
         ({"residual": 64, "hidden": 32}, "32, 64 or 128 residual"),
         ({"residual": 128, "hidden": 128, "layers": 13}, "too many for a cluster"),
@@ -86,11 +93,41 @@ def test_what_a_cluster_takes():
         ({"layers": 61}, "too many for a cluster"),
         ({"layers": 41}, "too little shared memory"),
         ({"width": 3, "layers": 35}, "too little shared memory"),
+        ({"dtype": torch.int8, "layers": 51}, "too little shared memory"),
         ({"n_class": 2}, "too many rows"),
     ]
     for sizes, why in refused:
         made = standard("H100", **sizes)
         assert made.kernel == "cuda_general" and why in made.why, (sizes, made)
+
+
+@pytest.mark.parametrize("name", ["H100", "B200"])
+def test_int8_weights_take_half_the_shared_memory(name):
+    for sizes in ({}, {"width": 3, "layers": 16}, {"residual": 128, "hidden": 128, "layers": 4}):
+        half, whole = (standard(name, dtype=dtype, **sizes) for dtype in (torch.int8, torch.float16))
+        assert half.cluster == whole.cluster and 0.5 < half.shared_bytes / whole.shared_bytes < 0.7
+        assert "int8 weights are widened to float16" in half.why and "widened" not in whole.why
+        assert plan("L4", dtype=torch.int8, **sizes).kernel == "cuda_general"
+
+
+def test_the_documented_table_is_that_of_the_plan():
+    """docs/wavenet.md: the most layers a cluster holds, and the groups beside 20 (12) of them, head as wide as skip."""
+    text = (Path(__file__).parent.parent / "docs" / "wavenet.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([23, ]+) \| (16 bits|int8) \|(.*)\|$", text, re.MULTILINE)
+    seen = set()
+    for channels, widths, dtype, cells in rows:
+        sizes = {
+            "residual": int(channels),
+            "hidden": int(channels),
+            "dtype": {"int8": torch.int8}.get(dtype, torch.half),
+        }
+        for width, (skip, cell) in product(widths.split(", "), zip((64, 128, 256), cells.split("|"), strict=True)):
+            sizes |= {"width": int(width), "skip": skip, "head": skip}
+            fits = [n for n in range(1, 62) if plan("H100", layers=n, **sizes).cluster]
+            groups = plan("H100", 10_000, layers=12 if channels == "128" else 20, **sizes).cluster[0]
+            assert cell.strip() == f"{max(fits)}, {groups} group{'s' * (groups > 1)}", (sizes, max(fits), groups)
+            seen.add((channels, width, dtype))
+    assert len(seen) == 3 * 2 * 2
 
 
 def test_groups_share_a_cluster_once_the_gpu_is_full():

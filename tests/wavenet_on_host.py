@@ -64,8 +64,11 @@ def on_host(kernel, plan, pack, state, uniforms, *, seed=0, edit=None, **options
     source = SOURCE.format(kernel=kernel, launch=launch)
     if edit is not None:
         text = (CSRC / f"wavenet_{kernel}_cuda.cu").read_text()
-        for header in re.findall(r'#include "(wavenet_cluster_\w+\.h)"', text):
-            text = text.replace(f'#include "{header}"', (CSRC / header).read_text().replace("#pragma once", ""))
+        seen = set()
+        while header := re.search(r'#include "(wavenet_cluster\w*\.h)"', text):
+            own = "" if header[1] in seen else (CSRC / header[1]).read_text().replace("#pragma once", "")
+            text = text.replace(header[0], own, 1)
+            seen.add(header[1])
         if edit[0] not in text:
             raise ValueError(f"not in the kernel: {edit[0]}")
         source = source.replace(f'#include "wavenet_{kernel}_cuda.cu"', text.replace(*edit))

@@ -99,6 +99,21 @@ float half_of(uint32_t word, int high, Type type) {
   return to_float(uint16_t(word >> 16 * high), type);
 }
 
+inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = a | uint64_t(b) << 32;
+  uint32_t word = 0;
+  for (int i = 0; i < 4; i++) word |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return word;
+}
+inline uint32_t subtract_two(uint32_t a, uint32_t b) {
+  const Float16 type;
+  return pack(half_of(a, 0, type) - half_of(b, 0, type), half_of(a, 1, type) - half_of(b, 1, type), type);
+}
+inline uint32_t multiply_two(uint32_t a, uint32_t b) {
+  const Float16 type;
+  return pack(half_of(a, 0, type) * half_of(b, 0, type), half_of(a, 1, type) * half_of(b, 1, type), type);
+}
+
 // ---- barriers of a block
 
 inline void barrier_sync(int id, int threads) { host::barrier(id, threads, true); }
@@ -189,7 +204,6 @@ inline bool mbarrier_try_wait(uint32_t address, uint32_t parity) {
                   long(address % host::launch_now->stride));
   return bar.phase != parity;
 }
-inline bool mbarrier_try_wait_shared(uint32_t bar, uint32_t parity) { return mbarrier_try_wait(bar, parity); }
 
 // ---- asynchronous writes
 
