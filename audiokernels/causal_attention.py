@@ -501,14 +501,17 @@ def _plan(op: str, q: Tensor, k: Tensor, window: int | None) -> tuple[str, str]:
     if kernel == "Triton":
         plan = causal_attention_backward_plan if op.endswith("backward") else causal_attention_plan
         return plan(q.shape, k.shape, q.dtype, window, device_facts(q.device))[:2]
-    return cpu_kernel(q.dtype)
+    return cpu_kernel(q.dtype, pairs=True)
 
 
-def cpu_kernel(dtype: torch.dtype) -> tuple[str, str]:
-    """(kernel, why) where compiled CPU kernels serve a call."""
+def cpu_kernel(dtype: torch.dtype, pairs: bool = False) -> tuple[str, str]:
+    """(kernel, why) where compiled CPU kernels serve a call; pairs: by avx512_bf16 where the processor has it."""
     if dtype == torch.float64:
         return "cpu_loop", "float64 runs in a plain loop"
-    return f"cpu_{C.isa()}", f"the compiled CPU kernel, on up to {torch.get_num_threads()} thread(s)"
+    isa, why = C.isa(), f"the compiled CPU kernel, on up to {torch.get_num_threads()} thread(s)"
+    if pairs and dtype == torch.bfloat16 and isa == "avx512_bf16":
+        return f"cpu_{isa}", f"{why}, bfloat16 multiplied in pairs, summed in float32"
+    return f"cpu_{isa.split('_')[0]}", why  # what extends avx512 adds nothing to float32
 
 
 lib.impl("causal_attention", causal_attention_ref, "CompositeExplicitAutograd")

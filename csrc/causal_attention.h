@@ -22,12 +22,22 @@ struct AttentionTensor {
   int64_t stride[4];
 };
 
-// The same as float32 with adjacent channels: the caller's own memory, or a copy padded with zeros.
+// How many numbers of a sum lie side by side in a 32-bit word, the unit of what the inner loops multiply: a float32, or
+// a pair of bfloat16 where the instruction set multiplies such pairs.
+constexpr int64_t attention_per_word(Isa isa) { return isa == Isa::avx512_bf16 ? 2 : 1; }
+
+// What a pair's two numbers are: neighbouring channels of a row, for products of rows, or neighbouring rows (an even
+// one and the next) of a channel, for sums over rows.
+enum class AttentionPairs { channels, rows };
+
+// The same in words: the caller's own memory (float32), or a copy padded with zeros. Pairs of rows: the even row's.
 struct AttentionRows {
   const float* data;
   int64_t stride[3];
   AUDIOKERNELS_INLINE const float* at(int64_t b, int64_t h) const { return data + b * stride[0] + h * stride[1]; }
 };
+
+constexpr double kAttentionLog2E = 1.4426950408889634;
 
 struct AttentionSizes {
   int64_t batch, nheads, nheads_kv, seqlen_q, seqlen_k, headdim;
@@ -39,6 +49,7 @@ struct AttentionSizes {
   AUDIOKERNELS_INLINE int64_t key_of(int64_t q) const {
     return q + seqlen_k - seqlen_q;
   }  // the last key that query q sees
+  AUDIOKERNELS_INLINE float factor() const { return float(scale * kAttentionLog2E); }  // of scores, in powers of 2
 };
 
 constexpr int64_t kAttentionUnit = 192;  // queries in a unit of forward work, a multiple of every block of queries
@@ -52,7 +63,7 @@ AUDIOKERNELS_INLINE int64_t attention_round_up(int64_t n, int64_t multiple) {
 
 struct AttentionForward : AttentionSizes {
   AttentionTensor q, out;
-  AttentionRows k, v;  // channels: headdim rounded up to 8
+  AttentionRows k, v;  // channels: headdim rounded up to 8; pairs of channels, of rows
   float* lse;          // (batch, nheads, seqlen_q)
 
   AUDIOKERNELS_INLINE int64_t units_per_head() const { return (seqlen_q + kAttentionUnit - 1) / kAttentionUnit; }
@@ -66,11 +77,13 @@ struct AttentionForward : AttentionSizes {
 // the result does not depend on the threads.
 struct AttentionBackward : AttentionSizes {
   AttentionTensor grad_out, q, k, v, out, dq, dk, dv;
-  AttentionRows q_rows;         // channels: headdim rounded up to 8
-  const float *lse, *grad_lse;  // (batch, nheads, seqlen_q); grad_lse may be null
+  AttentionRows q_rows, grad_rows;  // channels: headdim rounded up to 8; pairs of channels
+  AttentionRows q_sums, grad_sums;  // pairs of rows; without pairs the same
+  const float *lse, *grad_lse;      // (batch, nheads, seqlen_q); grad_lse may be null
   int64_t segments;
-  // By attention_pack: a query's weights are 2^(scores - reference) times a factor, which lies in its gradients.
-  float* grad_rows;    // (batch, nheads, row_floats()): factor * grad_out
+  // By attention_pack: a query's weights are 2^(scores - reference) times a factor, which lies in its gradients, or is
+  // 1 where these are pairs.
+  float* grad_floats;  // (batch, nheads, row_floats()): factor * grad_out; not for pairs
   float* row_numbers;  // (batch, nheads, 2, padded_queries()): reference, factor * (grad_lse - D)
   float* dq_parts;     // (batch, nheads, segments, row_floats())
 
@@ -80,7 +93,7 @@ struct AttentionBackward : AttentionSizes {
   AUDIOKERNELS_INLINE int64_t units_per_head() const { return padded_queries() / kAttentionUnit; }
   AUDIOKERNELS_INLINE int64_t key_blocks() const { return (seqlen_k + kAttentionMostLanes - 1) / kAttentionMostLanes; }
   AUDIOKERNELS_INLINE int64_t scratch_floats() const {
-    return kAttentionMostLanes * (5 * channels() + 2 * kAttentionRows);
+    return kAttentionMostLanes * (5 * channels() + 3 * kAttentionRows);
   }
 };
 
@@ -98,21 +111,21 @@ struct AttentionDecode : AttentionSizes {
   }
 };
 
-// Of attention_read: rows [first, last) of a (batch, heads, rows, headdim) tensor become float32, `channels` of them
-// with zeros in the padding. Of attention_backward: a unit is (batch, kv head, segment); of
+// Of attention_read: a unit is a row of a (batch, heads, rows, headdim) tensor, or two of a head; they become words,
+// `channels` a unit with zeros in the padding. Of attention_backward: (batch, kv head, segment); of
 // attention_decode: (batch, kv head). Others: (batch, head, block of
 // kAttentionUnit queries).
-#define AUDIOKERNELS_DECLARE(isa)                                                                                \
-  namespace isa {                                                                                                \
-  void attention_read(const AttentionTensor& t, const int64_t* sizes, AttentionDtype dtype, float* rows,         \
-                      int64_t channels, int64_t first, int64_t last);                                            \
-  void attention_forward(const AttentionForward& call, int64_t first_unit, int64_t last_unit, float* scratch);   \
-  void attention_pack(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch);     \
-  void attention_backward(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch); \
-  void attention_write_dq(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch); \
-  void attention_decode(const AttentionDecode& call, int64_t first_unit, int64_t last_unit, float* scratch);     \
+#define AUDIOKERNELS_DECLARE(isa)                                                                                 \
+  namespace isa {                                                                                                 \
+  void attention_read(const AttentionTensor& t, const int64_t* sizes, AttentionDtype dtype, AttentionPairs pairs, \
+                      float* words, int64_t channels, int64_t first, int64_t last);                               \
+  void attention_forward(const AttentionForward& call, int64_t first_unit, int64_t last_unit, float* scratch);    \
+  void attention_pack(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch);      \
+  void attention_backward(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch);  \
+  void attention_write_dq(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch);  \
+  void attention_decode(const AttentionDecode& call, int64_t first_unit, int64_t last_unit, float* scratch);      \
   }
-AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_DECLARE)
+AUDIOKERNELS_FOR_EACH_BFLOAT16_ISA(AUDIOKERNELS_DECLARE)
 #undef AUDIOKERNELS_DECLARE
 
 }  // namespace audiokernels

@@ -11,13 +11,18 @@ namespace audiokernels {
 namespace AUDIOKERNELS_ISA {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr double kMostLse = 24.0;  // in powers of 2, for the reference 0: factors of gradients stay near 1
+
+// Rows of a head, as both kinds of products want them.
+struct Rows {
+  const float *words, *sums;
+  int64_t stride, sums_stride;
+  Rows from(int64_t row) const { return {words + row * stride, sums + row * sums_stride, stride, sums_stride}; }
+};
 
 // The rows of a query head, and what attention_pack has made of them.
 struct Head {
-  const float *q, *grad;
-  int64_t q_stride, grad_stride;
+  Rows q, grad;
   const float *references, *shifts;
   float* dq;
 };
@@ -25,8 +30,8 @@ struct Head {
 // A block of keys.
 struct Keys {
   int64_t first, count;
-  const float* rows;         // (kWidth, channels)
-  const float *k, *v;        // panels: scale * log2(e) * k, v
+  const float* rows;         // (kWidth / kPerWord, channels)
+  const float *k, *v;        // panels: factor * k, v
   float *dk_sums, *dv_sums;  // panels: dk / scale, dv
 };
 
@@ -41,10 +46,10 @@ static float row_dot(const float* a, const float* b, int64_t n) {
 
 static void pack_row(const AttentionBackward& call, int64_t head, int64_t query, const float* out, float* grad) {
   const int64_t at = head * call.seqlen_q + query, n = call.padded_queries();
-  const double lse = kLog2E * double(call.lse[at]);
-  const bool small = lse < kMostLse && lse > -kMostLse;
+  const double lse = kAttentionLog2E * double(call.lse[at]);
+  const bool small = lse < kMostLse && lse > -kMostLse && kPerWord == 1;
   const double reference = small ? 0.0 : double(float(lse));
-  const float factor = __builtin_isfinite(lse) ? float(__builtin_exp2(reference - lse)) : 1.0f;
+  const float factor = __builtin_isfinite(lse) && kPerWord == 1 ? float(__builtin_exp2(reference - lse)) : 1.0f;
   const float shift = (call.grad_lse ? call.grad_lse[at] : 0.0f) - row_dot(grad, out, call.channels());
   float* number = call.row_numbers + 2 * head * n + query;
   number[0] = float(small ? 0.0 : lse);
@@ -52,22 +57,45 @@ static void pack_row(const AttentionBackward& call, int64_t head, int64_t query,
   for (int64_t d = 0; d < call.channels(); d += kLanes) store(grad + d, load(grad + d) * splat(factor));
 }
 
-// Scores -> weights, gradients of weights -> gradients of scores, both (queries, kWidth).
-static void weights_and_gradients(const Tile& tile, const float* references, const float* shifts, float* p, float* ds) {
+// A tile's numbers, all (queries, kWidth): weights; their gradients, then those of scores; the same for sums over keys.
+struct Tiles {
+  float *p, *ds, *ds_keys;
+};
+
+// Gradients of a row and of the next one -> words of pairs of queries and of pairs of keys.
+AK_INLINE void store_gradients(VFloat first, VFloat second, float* words, float* key_words) {
+  store_weights(first, second, words);
+#if defined(AK_BFLOAT16_PAIRS)
+  const __m512i numbers = (__m512i)round_both(first, second);
+  _mm256_storeu_si256((__m256i*)key_words, _mm512_castsi512_si256(numbers));
+  _mm256_storeu_si256((__m256i*)(key_words + kWidth / 2), _mm512_maskz_extracti64x4_epi64(0xF, numbers, 1));
+#else
+  (void)key_words;
+#endif
+}
+
+// Scores -> weights, gradients of weights -> gradients of scores.
+static void weights_and_gradients(const Tile& tile, float factor, const float* references, const float* shifts,
+                                  const Tiles& tiles) {
   const bool whole = tile.whole();
-  for (int64_t j = 0; j < attention_round_up(tile.rows, 2); j += 2, p += 2 * kWidth, ds += 2 * kWidth) {
+  for (int64_t j = 0; j < attention_round_up(tile.rows, 2); j += 2) {
+    const float *score = tiles.p + j * kWidth, *of_weight = tiles.ds + j * kWidth;
     VFloat x[2 * kVectors];
-    for (int i = 0; i < 2 * kVectors; i++) x[i] = load(p + i * kLanes) - splat(references[j + i / kVectors]);
+    for (int i = 0; i < 2 * kVectors; i++)
+      x[i] = exponent(load(score + i * kLanes), factor, splat(references[j + i / kVectors]));
     exp2_of(x);
-    for (int i = 0; i < 2 * kVectors; i++) {
-      VFloat gradient = x[i] * (load(ds + i * kLanes) + splat(shifts[j + i / kVectors]));
-      if (!whole) {
-        const VInt visible = tile.visible(j + i / kVectors, i % kVectors);
-        x[i] = select(visible, x[i], VFloat{});
-        gradient = select(visible, gradient, VFloat{});
+    const int64_t at = j / kPerWord * kWidth;
+    for (int i = 0; i < kVectors; i++) {
+      VFloat weight[2], gradient[2];
+      for (int row = 0; row < 2; row++) {
+        const VInt visible = whole ? ~VInt{} : tile.visible(j + row, i);
+        const VFloat p = x[row * kVectors + i];
+        const VFloat ds = p * (load(of_weight + row * kWidth + i * kLanes) + splat(shifts[j + row]));
+        weight[row] = select(visible, p, VFloat{});
+        gradient[row] = select(visible, ds, VFloat{});
       }
-      store(p + i * kLanes, x[i]);
-      store(ds + i * kLanes, gradient);
+      store_weights(weight[0], weight[1], tiles.p + at + i * kLanes);
+      store_gradients(gradient[0], gradient[1], tiles.ds + at + i * kLanes, tiles.ds_keys + at + i * kLanes / kPerWord);
     }
   }
 }
@@ -77,13 +105,13 @@ template <int V>
 AK_INLINE void add_keys(const float* weights, const float* rows, int64_t stride, int64_t keys, float* sums) {
   constexpr int kCount = kSums / V;  // more than gcc unrolls by itself
   VFloat sum[kCount][V] = {};
-  for (int64_t j = 0; j < keys; j++, rows += stride) {
+  for (int64_t j = 0; j < (keys + kPerWord - 1) / kPerWord; j++, rows += stride) {
     VFloat lanes[V];
     for (int d = 0; d < V; d++) lanes[d] = load(rows + d * kLanes);
 #pragma GCC unroll 24
     for (int i = 0; i < kCount; i++) {
-      const VFloat weight = splat(weights[i * kWidth + j]);
-      for (int d = 0; d < V; d++) sum[i][d] = multiply_add(weight, lanes[d], sum[i][d]);
+      const VFloat weight = broadcast(weights + i * kWidth / kPerWord + j);
+      for (int d = 0; d < V; d++) sum[i][d] = add_product(weight, lanes[d], sum[i][d]);
     }
   }
 #pragma GCC unroll 24
@@ -100,7 +128,7 @@ static void add_key_columns(const Tile& tile, const float* weights, const float*
   constexpr int kCount = kSums / V;
   static_assert(kRows % kCount == 0);
   for (int64_t i = 0; i < tile.rows; i += kCount)
-    add_keys<V>(weights + i * kWidth, rows, stride, tile.lanes, sums + i * stride);
+    add_keys<V>(weights + i * kWidth / kPerWord, rows, stride, tile.lanes, sums + i * stride);
 }
 
 // The same where keys that a query does not see may hold NaN; for the others the same to the bit.
@@ -108,8 +136,12 @@ static void add_seen_keys(const Tile& tile, const float* weights, const float* r
   for (int64_t i = 0; i < tile.rows; i++) {
     for (int64_t d = 0; d < channels; d += kLanes) {
       VFloat sum{};
-      for (int64_t j = tile.first_lane(i); j < tile.end_lane(i); j++)
-        sum = multiply_add(splat(weights[i * kWidth + j]), load(rows + j * channels + d), sum);
+      const int64_t first = tile.first_lane(i), end = tile.end_lane(i);
+      for (int64_t j = first / kPerWord; j * kPerWord < end; j++) {
+        const VInt seen = seen_words(splat_int(-(j * kPerWord >= first)), splat_int(-(j * kPerWord + 1 < end)));
+        sum = add_product(broadcast(weights + i * kWidth / kPerWord + j),
+                          (VFloat)((VInt)load(rows + j * channels + d) & seen), sum);
+      }
       float* p = sums + i * channels + d;
       store(p, load(p) + sum);
     }
@@ -118,7 +150,7 @@ static void add_seen_keys(const Tile& tile, const float* weights, const float* r
 
 // sums[query][d] += sum over the keys of weights[query][key] * rows[key][d]; rows and sums (., channels).
 static void add_key_rows(const Tile& tile, const float* weights, const float* rows, int64_t channels, float* sums) {
-  if (!tile.whole() && !all_finite(rows, channels, tile.lanes, channels))
+  if (!tile.whole() && !all_finite(rows, channels / kPerWord, tile.lanes, channels))
     return add_seen_keys(tile, weights, rows, channels, sums);
   int64_t d = 0;
   for (; d + 4 * kLanes <= channels; d += 4 * kLanes) add_key_columns<4>(tile, weights, rows + d, channels, sums + d);
@@ -129,44 +161,45 @@ static void add_key_rows(const Tile& tile, const float* weights, const float* ro
 // The queries from `query` on against a block of keys.
 static void backward_tile(const AttentionBackward& call, const Head& head, const Keys& keys, int64_t query,
                           float* weights) {
-  const int64_t channels = call.channels(), headdim = attention_round_up(call.headdim, 8);
+  const int64_t channels = call.channels(), headdim = attention_round_up(call.headdim, 8), words = headdim / kPerWord;
   const Tile tile{call.key_of(query) - keys.first - call.window + 1, call.window, least(kRows, call.seqlen_q - query),
                   keys.count};
-  const float *q = head.q + query * head.q_stride, *grad = head.grad + query * channels;
-  float* ds = weights + kRows * kWidth;
-  dot_rows(q, head.q_stride, tile, keys.k, headdim, weights);
-  dot_rows(grad, channels, tile, keys.v, headdim, ds);
-  weights_and_gradients(tile, head.references + query, head.shifts + query, weights, ds);
-  add_tile(grad, channels, tile, weights, headdim, keys.dv_sums);
-  add_tile(q, head.q_stride, tile, ds, headdim, keys.dk_sums);
-  add_key_rows(tile, ds, keys.rows, channels, head.dq + query * channels);
+  const Rows q = head.q.from(query), grad = head.grad.from(query);
+  const Tiles tiles{weights, weights + kRows * kWidth, weights + kPerWord * kRows * kWidth};
+  dot_rows(q.words, q.stride, tile, keys.k, words, tiles.p);
+  dot_rows(grad.words, grad.stride, tile, keys.v, words, tiles.ds);
+  weights_and_gradients(tile, call.factor(), head.references + query, head.shifts + query, tiles);
+  add_tile(grad.sums, grad.sums_stride, tile, tiles.p, headdim, keys.dv_sums);
+  add_tile(q.sums, q.sums_stride, tile, tiles.ds, headdim, keys.dk_sums);
+  add_key_rows(tile, tiles.ds_keys, keys.rows, channels, head.dq + query * channels);
 }
 
 // The block of at most kWidth keys from `key` on, and all queries that see some of it. `scratch`: panels and tiles.
 static void backward_keys(const AttentionBackward& call, int64_t b, int64_t kv_head, int64_t segment, int64_t key,
                           float* scratch) {
   const int64_t channels = call.channels(), panel = kWidth * channels, n = call.padded_queries();
+  const int64_t words = attention_round_up(channels / kPerWord, kLanes);
   float *rows = scratch, *k = rows + panel, *v = k + panel, *dk = v + panel, *dv = dk + panel, *weights = dv + panel;
   const Place place{b, kv_head, key, least(kWidth, call.seqlen_k - key)};
   memset(rows, 0, size_t(panel) * sizeof(float));
-  read_rows(call.v, call.dtype, place, call.headdim, channels, rows);
-  to_panel(rows, channels, 1.0f, v);
-  read_rows(call.k, call.dtype, place, call.headdim, channels, rows);
-  to_panel(rows, channels, float(call.scale * kLog2E), k);
+  read_channel_words(call.v, call.dtype, place, call.headdim, words, rows);
+  to_panel(rows, words, 1.0f, v);
+  read_channel_words(call.k, call.dtype, place, call.headdim, words, rows);
+  to_panel(rows, words, call.factor(), k);
+  if (kPerWord > 1) read_row_words(call.k, call.dtype, place, call.headdim, channels, rows);
   memset(dk, 0, size_t(2 * panel) * sizeof(float));
   const Keys keys{key, place.count, rows, k, v, dk, dv};
-  const int64_t first = most(key - call.key_of(0), 0);
+  const int64_t first = most(key - call.key_of(0), 0) / kPerWord * kPerWord;
   const int64_t end = least(call.seqlen_q, key + place.count - 1 + call.window - call.key_of(0));
   for (int64_t h = kv_head * call.group; h < (kv_head + 1) * call.group; h++) {
     const int64_t at = b * call.nheads + h;
     const float* numbers = call.row_numbers + 2 * at * n;
-    const Head head{call.q_rows.at(b, h),
-                    call.grad_rows + at * call.row_floats(),
-                    call.q_rows.stride[2],
-                    channels,
-                    numbers,
-                    numbers + n,
-                    call.dq_parts + (at * call.segments + segment) * call.row_floats()};
+    const Head head{
+        {call.q_rows.at(b, h), call.q_sums.at(b, h), call.q_rows.stride[2], call.q_sums.stride[2]},
+        {call.grad_rows.at(b, h), call.grad_sums.at(b, h), call.grad_rows.stride[2], call.grad_sums.stride[2]},
+        numbers,
+        numbers + n,
+        call.dq_parts + (at * call.segments + segment) * call.row_floats()};
     for (int64_t query = first; query < end; query += kRows) backward_tile(call, head, keys, query, weights);
   }
   VFloat scale[kVectors], one[kVectors];
@@ -205,14 +238,14 @@ AK_INLINE void for_each_block(const AttentionBackward& call, int64_t first_unit,
 void attention_pack(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch) {
   const int64_t channels = call.channels();
   for_each_block(call, first_unit, last_unit, [&](int64_t head, int64_t first, int64_t queries) {
-    float* grad = call.grad_rows + head * call.row_floats() + first * channels;
-    const Place place{head / call.nheads, head % call.nheads, first, queries};
-    read_rows(call.grad_out, call.dtype, place, call.headdim, channels, grad);
-    for (int64_t i = 0; i < queries; i += kRows) {
-      read_rows(call.out, call.dtype, {place.b, place.h, first + i, least(kRows, queries - i)}, call.headdim, channels,
-                scratch);
-      for (int64_t j = i; j < least(i + kRows, queries); j++)
-        pack_row(call, head, first + j, scratch + (j - i) * channels, grad + j * channels);
+    for (int64_t i = first; i < first + queries; i += kRows) {
+      const Place place{head / call.nheads, head % call.nheads, i, least(kRows, first + queries - i)};
+      float* grad =
+          kPerWord == 1 ? call.grad_floats + head * call.row_floats() + i * channels : scratch + kRows * channels;
+      read_rows(call.grad_out, call.dtype, place, call.headdim, channels, grad);
+      read_rows(call.out, call.dtype, place, call.headdim, channels, scratch);
+      for (int64_t j = 0; j < place.count; j++)
+        pack_row(call, head, i + j, scratch + j * channels, grad + j * channels);
     }
   });
 }

@@ -26,6 +26,7 @@ Floats new_floats(int64_t n) {
 }
 
 struct Kernels {
+  int64_t per_word;
   decltype(&generic::attention_read) read;
   decltype(&generic::attention_forward) forward;
   decltype(&generic::attention_pack) pack;
@@ -33,14 +34,14 @@ struct Kernels {
   decltype(&generic::attention_write_dq) write_dq;
 };
 
-Kernels pick_kernels() {
-#define AUDIOKERNELS_KERNELS(name)                                                                    \
-  {&name::attention_read, &name::attention_forward, &name::attention_pack, &name::attention_backward, \
-   &name::attention_write_dq}
+Kernels pick_kernels(AttentionDtype dtype) {
+#define AUDIOKERNELS_KERNELS(name)                                                     \
+  {attention_per_word(Isa::name), &name::attention_read,     &name::attention_forward, \
+   &name::attention_pack,         &name::attention_backward, &name::attention_write_dq}
 #define AUDIOKERNELS_CASE(name) \
   case Isa::name: return AUDIOKERNELS_KERNELS(name);
-  switch (float_isa()) {
-    AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_CASE)
+  switch (dtype == AttentionDtype::bfloat16 ? bfloat16_isa() : float_isa()) {
+    AUDIOKERNELS_FOR_EACH_BFLOAT16_ISA(AUDIOKERNELS_CASE)
     default: return AUDIOKERNELS_KERNELS(generic);
   }
 #undef AUDIOKERNELS_CASE
@@ -125,19 +126,20 @@ Tensor lse_like(const Tensor& q) {
   return empty_strided(q, 3, sizes, strides, float64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
 }
 
-// A tensor's rows as float32, its own memory where that will do; `memory` keeps a copy alive.
-AttentionRows float_rows(const Kernels& kernels, const Tensor& t, AttentionDtype dtype, int64_t multiple,
-                         Floats& memory) {
+// A tensor's rows as words, its own memory where that will do; `memory` keeps a copy alive.
+AttentionRows word_rows(const Kernels& kernels, const Tensor& t, AttentionDtype dtype, AttentionPairs pairs,
+                        Floats& memory) {
   const AttentionTensor tensor = attention_tensor(t);
   const int64_t sizes[] = {t.size(0), t.size(1), t.size(2), t.size(3)};
-  if (dtype == AttentionDtype::float32 && tensor.stride[3] == 1 && sizes[3] % multiple == 0)
+  if (dtype == AttentionDtype::float32 && tensor.stride[3] == 1 && sizes[3] % 8 == 0)
     return {static_cast<const float*>(t.data_ptr()), {tensor.stride[0], tensor.stride[1], tensor.stride[2]}};
-  const int64_t channels = attention_round_up(sizes[3], 16), rows = sizes[0] * sizes[1] * sizes[2];
-  memory = new_floats(rows * channels);
-  torch::stable::parallel_for(0, rows, 4096, [&](int64_t first, int64_t last) {
-    kernels.read(tensor, sizes, dtype, memory.get(), channels, first, last);
+  const int64_t channels = attention_round_up(sizes[3], 16), per_word = kernels.per_word;
+  const int64_t per_head = (sizes[2] + per_word - 1) / per_word, units = sizes[0] * sizes[1] * per_head;
+  memory = new_floats(units * channels);
+  torch::stable::parallel_for(0, units, 4096 / per_word, [&](int64_t first, int64_t last) {
+    kernels.read(tensor, sizes, dtype, pairs, memory.get(), channels, first, last);
   });
-  return {memory.get(), {sizes[1] * sizes[2] * channels, sizes[2] * channels, channels}};
+  return {memory.get(), {sizes[1] * per_head * channels, per_head * channels, channels / per_word}};
 }
 
 // Calls kernel(call, first, last, scratch) from several threads.
@@ -251,10 +253,10 @@ std::tuple<Tensor, Tensor> causal_attention(Tensor q, Tensor k, Tensor v, std::o
     forward_double(call, q, k, v, out, lse);
     return {out, lse};
   }
-  const Kernels kernels = pick_kernels();
+  const Kernels kernels = pick_kernels(call.dtype);
   Floats k_memory, v_memory;
-  call.k = float_rows(kernels, k, call.dtype, 8, k_memory);
-  call.v = float_rows(kernels, v, call.dtype, 8, v_memory);
+  call.k = word_rows(kernels, k, call.dtype, AttentionPairs::channels, k_memory);
+  call.v = word_rows(kernels, v, call.dtype, AttentionPairs::rows, v_memory);
   call.out = attention_tensor(out);
   call.lse = static_cast<float*>(lse.data_ptr());
   run_units(kernels.forward, call, call.batch * call.nheads * call.units_per_head());
@@ -268,16 +270,25 @@ int64_t segments_of(const AttentionBackward& call) {
   return wanted < most ? wanted : most > 1 ? most : 1;
 }
 
-void run_backward(AttentionBackward& call, const Tensor& q) {
-  const Kernels kernels = pick_kernels();
-  Floats q_memory;
-  call.q_rows = float_rows(kernels, q, call.dtype, 8, q_memory);
-  call.segments = segments_of(call);
+void run_backward(AttentionBackward& call, const Tensor& q, const Tensor& grad_out) {
+  const Kernels kernels = pick_kernels(call.dtype);
   const int64_t heads = call.batch * call.nheads;
-  const Floats packed = new_floats(heads * (call.row_floats() + 2 * call.padded_queries()));
+  Floats q_memory, grad_memory, q_sums_memory, grad_sums_memory;
+  call.q_rows = call.q_sums = word_rows(kernels, q, call.dtype, AttentionPairs::channels, q_memory);
+  if (kernels.per_word == 1) {
+    grad_memory = new_floats(heads * call.row_floats());
+    call.grad_floats = grad_memory.get();
+    call.grad_rows =
+        call.grad_sums = {call.grad_floats, {call.nheads * call.row_floats(), call.row_floats(), call.channels()}};
+  } else {
+    call.grad_rows = word_rows(kernels, grad_out, call.dtype, AttentionPairs::channels, grad_memory);
+    call.grad_sums = word_rows(kernels, grad_out, call.dtype, AttentionPairs::rows, grad_sums_memory);
+    call.q_sums = word_rows(kernels, q, call.dtype, AttentionPairs::rows, q_sums_memory);
+  }
+  call.segments = segments_of(call);
+  const Floats numbers = new_floats(2 * heads * call.padded_queries());
   const Floats dq_parts = new_floats(heads * call.row_floats() * call.segments);
-  call.grad_rows = packed.get();
-  call.row_numbers = call.grad_rows + heads * call.row_floats();
+  call.row_numbers = numbers.get();
   call.dq_parts = dq_parts.get();
   run_units(kernels.pack, call, heads * call.units_per_head());
   run_units(kernels.backward, call, call.batch * call.nheads_kv * call.segments);
@@ -319,7 +330,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad_out, st
     call.dv = attention_tensor(gradients.dv);
     call.lse = static_cast<const float*>(lse.data_ptr());
     call.grad_lse = grad_lse ? static_cast<const float*>(grad_lse->data_ptr()) : nullptr;
-    run_backward(call, q);
+    run_backward(call, q, grad_out);
   }
   return {gradients.dq, gradients.dk, gradients.dv};
 }

@@ -26,6 +26,32 @@ constexpr int kWidth = kVectors * kLanes;  // lanes of a panel
 constexpr int kRows = kAttentionRows;      // of a tile
 static_assert(kWidth <= kAttentionMostLanes && kAttentionUnit % kWidth == 0 && kRows % kTile == 0);
 
+// What the inner loops multiply, a word a lane: see attention_per_word.
+constexpr int kPerWord = attention_per_word(Isa::AUDIOKERNELS_ISA);
+static_assert(kRows % kPerWord == 0 && kAttentionUnit % kPerWord == 0);
+#if defined(AK_BFLOAT16_PAIRS)
+AK_INLINE VFloat add_product(VFloat a, VFloat b, VFloat sum) { return add_pairs((VInt)a, (VInt)b, sum); }
+AK_INLINE VFloat product(VFloat a, VFloat b) { return add_product(a, b, VFloat{}); }
+AK_INLINE VFloat broadcast(const float* word) {
+  int32_t pair;
+  memcpy(&pair, word, sizeof pair);
+  return (VFloat)splat_int(pair);
+}
+AK_INLINE VFloat ones() { return (VFloat)splat_int(0x3F803F80); }  // 1 and 1
+// Two vectors of numbers, as round_both has left them -> pairs of them.
+AK_INLINE VInt pair_up(VInt numbers) {
+  typedef uint16_t VHalf __attribute__((vector_size(64)));
+  VHalf order{};
+  for (int i = 0; i < 2 * kLanes; i++) order[i] = uint16_t(i / 2 + i % 2 * kLanes);
+  return (VInt)__builtin_shuffle((VHalf)numbers, order);
+}
+#else
+AK_INLINE VFloat add_product(VFloat a, VFloat b, VFloat sum) { return multiply_add(a, b, sum); }
+AK_INLINE VFloat product(VFloat a, VFloat b) { return a * b; }
+AK_INLINE VFloat broadcast(const float* word) { return splat(*word); }
+AK_INLINE VFloat ones() { return splat(1.0f); }
+#endif
+
 constexpr float kInfinity = __builtin_inff();
 
 AK_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -170,6 +196,39 @@ static inline void write_rows(const float* rows, int64_t channels, const Attenti
   }
 }
 
+// ---- words ----
+
+#if defined(AK_BFLOAT16_PAIRS)
+// A row's numbers, side by side, and zeros.
+AK_INLINE void copy_row(const AttentionTensor& t, const Place& at, int64_t headdim, int64_t channels,
+                        uint16_t* numbers) {
+  const auto* p = reinterpret_cast<const uint16_t*>(address(t, AttentionDtype::bfloat16, at));
+  if (t.stride[3] == 1)
+    memcpy(numbers, p, size_t(headdim) * sizeof *p);
+  else
+    for (int64_t d = 0; d < headdim; d++) numbers[d] = p[d * t.stride[3]];
+  for (int64_t d = headdim; d < channels; d++) numbers[d] = 0;
+}
+// -> (count, words), pairs of channels, zeros beyond headdim.
+static inline void read_channel_words(const AttentionTensor& t, AttentionDtype, const Place& at, int64_t headdim,
+                                      int64_t words, float* rows) {
+  for (int64_t i = 0; i < at.count; i++)
+    copy_row(t, {at.b, at.h, at.first + i, 1}, headdim, 2 * words, reinterpret_cast<uint16_t*>(rows + i * words));
+}
+// -> (count / 2, channels), pairs of rows; one that there is not is zeros.
+static inline void read_row_words(const AttentionTensor& t, AttentionDtype, const Place& at, int64_t headdim,
+                                  int64_t channels, float* rows) {
+  uint16_t pair[2][256];
+  for (int64_t i = 0; i < at.count; i += 2, rows += channels) {
+    for (int64_t j = 0; j < 2; j++)
+      copy_row(t, {at.b, at.h, at.first + i + j, 1}, i + j < at.count ? headdim : 0, channels, pair[j]);
+    for (int64_t d = 0; d < channels; d += kLanes) store_int(rows + d, widen(pair[0] + d) | widen(pair[1] + d) << 16);
+  }
+}
+#else
+constexpr auto read_channel_words = read_rows, read_row_words = read_rows;
+#endif
+
 // ---- panels ----
 
 template <int step>
@@ -195,14 +254,19 @@ AK_INLINE void transpose(VFloat (&v)[kLanes]) {
 
 AK_INLINE int64_t panel_channels(int64_t headdim) { return attention_round_up(headdim, kLanes > 8 ? kLanes : 8); }
 
-// rows (kWidth, channels) -> panel (channels, kWidth), times `scale`; channels a multiple of kLanes.
-static inline void to_panel(const float* rows, int64_t channels, float scale, float* panel) {
-  for (int64_t d = 0; d < channels; d += kLanes) {
+// The words of a row in a panel.
+AK_INLINE int64_t panel_words(int64_t headdim) {
+  return panel_channels(attention_round_up(headdim, kPerWord) / kPerWord);
+}
+
+// rows (kWidth, words) -> panel (words, kWidth), times `scale` unless they are pairs; words a multiple of kLanes.
+static inline void to_panel(const float* rows, int64_t words, float scale, float* panel) {
+  for (int64_t d = 0; d < words; d += kLanes) {
     for (int i = 0; i < kWidth; i += kLanes) {
       VFloat v[kLanes];
-      for (int r = 0; r < kLanes; r++) v[r] = load(rows + (i + r) * channels + d);
+      for (int r = 0; r < kLanes; r++) v[r] = load(rows + (i + r) * words + d);
       transpose(v);
-      for (int r = 0; r < kLanes; r++) store(panel + (d + r) * kWidth + i, v[r] * splat(scale));
+      for (int r = 0; r < kLanes; r++) store(panel + (d + r) * kWidth + i, kPerWord == 1 ? v[r] * splat(scale) : v[r]);
     }
   }
 }
@@ -246,15 +310,17 @@ AK_INLINE void with_vectors(int64_t lanes, Call call) {
   call(Count<n>{});
 }
 
-// Is every number of these rows finite? Where not, zero weights do not keep them out of a sum.
+// Is every number of these rows, or pairs of rows, finite? Where not, zero weights do not keep them out of a sum.
 static inline bool all_finite(const float* rows, int64_t stride, int64_t count, int64_t headdim) {
   typedef float Eight __attribute__((vector_size(32)));
+  typedef int32_t EightInt __attribute__((vector_size(32)));
   Eight sum{};
-  for (int64_t j = 0; j < count; j++) {
+  for (int64_t j = 0; j < count; j += kPerWord) {
     for (int64_t d = 0; d < headdim; d += 8) {
       Eight x;
       memcpy(&x, rows + j * stride + d, sizeof x);
-      sum += x * 0.0f;
+      sum += x * 0.0f;  // of a pair the second number, with more digits
+      if (kPerWord == 2) sum += (Eight)((EightInt)x << 16) * 0.0f;
     }
   }
   float total = 0;
@@ -262,29 +328,45 @@ static inline bool all_finite(const float* rows, int64_t stride, int64_t count, 
   return total == 0.0f;
 }
 
+// What exp2_of makes a weight of. The factor of scores lies in the panel; not so that of pairs: rounded to bfloat16 it
+// would cost more than the weights do.
+AK_INLINE VFloat exponent(VFloat score, float factor, VFloat reference) {
+  return kPerWord == 1 ? score - reference : multiply_add(score, splat(factor), -reference);
+}
+
+// Weights of a row and of the next one -> words of a tile.
+AK_INLINE void store_weights(VFloat first, VFloat second, float* words) {
+#if defined(AK_BFLOAT16_PAIRS)
+  store_int(words, pair_up(round_both(first, second)));
+#else
+  store(words, first);
+  store(words + kWidth, second);
+#endif
+}
+
 // ---- products ----
 
-// sums[t][i] = sum over d < n of number(d, t) * panel[d][i]: nearly all time goes by here. The first step is a product,
+// sums[t][i] = sum over d < n of word(d, t) * panel[d][i]: nearly all time goes by here. The first step is a product,
 // since to copy a zero into each sum takes as long as to add to it.
-template <int V, class Number>
-AK_INLINE void multiply(const float* panel, int64_t n, Number number, VFloat (&sum)[kTile][V]) {
+template <int V, class Word>
+AK_INLINE void multiply(const float* panel, int64_t n, Word word, VFloat (&sum)[kTile][V]) {
   VFloat lanes[V];
   for (int i = 0; i < V; i++) lanes[i] = load(panel + i * kLanes);
   for (int t = 0; t < kTile; t++) {
-    const VFloat x = splat(number(0, t));
-    for (int i = 0; i < V; i++) sum[t][i] = x * lanes[i];
+    const VFloat x = broadcast(word(0, t));
+    for (int i = 0; i < V; i++) sum[t][i] = product(x, lanes[i]);
   }
   for (int64_t d = 1; d < n; d++) {
     for (int i = 0; i < V; i++) lanes[i] = load(panel + d * kWidth + i * kLanes);
     for (int t = 0; t < kTile; t++) {
-      const VFloat x = splat(number(d, t));
-      for (int i = 0; i < V; i++) sum[t][i] = multiply_add(x, lanes[i], sum[t][i]);
+      const VFloat x = broadcast(word(d, t));
+      for (int i = 0; i < V; i++) sum[t][i] = add_product(x, lanes[i], sum[t][i]);
     }
   }
 }
 
 // products[j][lane] = rows[j] . panel[lane] for the rows of a tile, rounded up to kTile, and the lanes that they see.
-static inline void dot_rows(const float* rows, int64_t stride, const Tile& tile, const float* panel, int64_t headdim,
+static inline void dot_rows(const float* rows, int64_t stride, const Tile& tile, const float* panel, int64_t words,
                             float* products) {
   for (int64_t j = 0; j < tile.rows; j += kTile, rows += kTile * stride, products += kTile * kWidth) {
     const float* row[kTile] = {rows};  // beyond the last row, that once more
@@ -293,21 +375,23 @@ static inline void dot_rows(const float* rows, int64_t stride, const Tile& tile,
     const int64_t end = tile.end_lane(least(j + kTile, tile.rows) - 1);
     with_vectors(end - first, [&]<int V>(Count<V>) {
       VFloat sum[kTile][V];
-      multiply(panel + first, headdim, [&](int64_t d, int t) { return row[t][d]; }, sum);
+      multiply(panel + first, words, [&](int64_t d, int t) { return row[t] + d; }, sum);
       for (int t = 0; t < kTile; t++)
         for (int i = 0; i < V; i++) store(products + t * kWidth + first + i * kLanes, sum[t][i]);
     });
   }
 }
 
-// panel[d][lane] += sum_j rows[j][d] * weights[j][lane] for d < headdim (rounded up to kTile).
+// panel[d][lane] += sum_j rows[j][d] * weights[j][lane] for d < headdim (rounded up to kTile); of pairs half as many j.
 template <int V>
 static inline void add_rows(const float* rows, int64_t stride, int64_t count, const float* weights, int64_t headdim,
                             float* panel) {
   for (int64_t d = 0; d < headdim; d += kTile) {
     VFloat sum[kTile][V];
     const float* row = rows + d;
-    multiply(weights, count, [&](int64_t j, int t) { return row[j * stride + t]; }, sum);
+    multiply(
+        weights, (count + kPerWord - 1) / kPerWord, [&](int64_t j, int t) { return row + kPerWord * j * stride + t; },
+        sum);
     for (int t = 0; t < kTile; t++) {
       for (int i = 0; i < V; i++) {
         float* p = panel + (d + t) * kWidth + i * kLanes;
@@ -317,15 +401,21 @@ static inline void add_rows(const float* rows, int64_t stride, int64_t count, co
   }
 }
 
+// Masks of a number each -> of the word that holds the first, or both.
+AK_INLINE VInt seen_words(VInt first, VInt second) {
+  return kPerWord == 1 ? first : (first & 0xFFFF) | (second & ~0xFFFF);
+}
+
 // add_rows where rows that a lane does not see may hold NaN; for the others the same to the bit.
 static inline void add_seen_rows(const float* rows, int64_t stride, const Tile& tile, const float* weights,
                                  int64_t headdim, float* panel) {
   for (int i = 0; i < kVectors; i++) {
     for (int64_t d = 0; d < headdim; d++) {
       VFloat sum{};
-      for (int64_t j = 0; j < tile.rows; j++) {
-        const VFloat weight = load(weights + j * kWidth + i * kLanes);
-        sum = select(tile.visible(j, i), multiply_add(splat(rows[j * stride + d]), weight, sum), sum);
+      for (int64_t j = 0; j < tile.rows; j += kPerWord) {
+        const VFloat weight = load(weights + j / kPerWord * kWidth + i * kLanes);
+        const VInt seen = seen_words(tile.visible(j, i), tile.visible(j + 1, i));
+        sum = add_product((VFloat)((VInt)broadcast(rows + j * stride + d) & seen), weight, sum);
       }
       float* p = panel + d * kWidth + i * kLanes;
       store(p, load(p) + sum);

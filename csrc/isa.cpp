@@ -27,6 +27,8 @@ Isa isa() { return current().load(std::memory_order_relaxed); }
 
 Isa float_isa() { return isa() > Isa::avx512 ? Isa::avx512 : isa(); }
 
+Isa bfloat16_isa() { return isa() == Isa::avx512_bf16 ? isa() : float_isa(); }
+
 const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx2: return "avx2";
@@ -43,11 +45,16 @@ bool isa_supported(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+#if defined(AUDIOKERNELS_EMULATE_BF16)
+  const bool bf16 = vnni;
+#else
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+#endif
   switch (isa) {
     case Isa::avx2: return avx2;
     case Isa::avx512: return avx512;
     case Isa::avx512_vnni: return vnni;
-    case Isa::avx512_bf16: return vnni && __builtin_cpu_supports("avx512bf16");
+    case Isa::avx512_bf16: return bf16;
     default: return true;
   }
 #else

@@ -118,17 +118,14 @@ struct DotFloat16 : FloatPairs {
   AK_MEMBER Weights widen(VInt w) { return {widen_low(w), widen_low(w >> 16)}; }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(AK_BFLOAT16_PAIRS)
 struct DotBFloat16 : FloatSums {
   using In = uint16_t;
   static constexpr int kGroup = 2;
-  using Step = __m512bh;
-  using Weights = __m512bh;
+  using Step = VInt;
+  using Weights = VInt;
   AK_MEMBER void round(const float* in, int64_t n, uint16_t* out) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const __m256bh half = _mm512_cvtneps_pbh(load(in + i));
-      memcpy(out + i, &half, sizeof half);
-    }
+    for (int64_t i = 0; i < n; i += kLanes) store_rounded(out + i, load(in + i));
   }
   AK_MEMBER Inputs prepare(const Matrix& m, const Streams& past, const Streams& now, void* out, float*) {
     const int64_t tap = m.tap_stride * now.batch;
@@ -140,10 +137,10 @@ struct DotBFloat16 : FloatSums {
   AK_MEMBER Step broadcast(const In* p) {
     int32_t pair;
     memcpy(&pair, p, sizeof pair);
-    return (__m512bh)_mm512_set1_epi32(pair);
+    return splat_int(pair);
   }
-  AK_MEMBER Weights widen(VInt w) { return (__m512bh)w; }
-  AK_MEMBER VFloat add(VFloat acc, Weights w, Step s) { return _mm512_dpbf16_ps(acc, w, s); }
+  AK_MEMBER Weights widen(VInt w) { return w; }
+  AK_MEMBER VFloat add(VFloat acc, Weights w, Step s) { return add_pairs(w, s, acc); }
 };
 #else
 struct DotBFloat16 : FloatPairs {

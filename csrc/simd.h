@@ -41,6 +41,7 @@ AK_INLINE VInt load_int(const void* p) {
   return v;
 }
 AK_INLINE void store(float* p, VFloat v) { memcpy(p, &v, sizeof v); }
+AK_INLINE void store_int(void* p, VInt v) { memcpy(p, &v, sizeof v); }
 AK_INLINE VFloat splat(float x) { return x - VFloat{}; }
 AK_INLINE VInt splat_int(int32_t x) { return x - VInt{}; }
 // As the instructions do it: b if either is NaN.
@@ -203,6 +204,43 @@ AK_INLINE void store_float16(uint16_t* p, VFloat v) {  // to nearest, ties to ev
   }
 #endif
 }
+
+// ---- pairs of bfloat16: two in a lane, the first one in its low half ----
+
+#if defined(__AVX512BF16__) || defined(AUDIOKERNELS_EMULATE_BF16)
+#define AK_BFLOAT16_PAIRS
+#endif
+
+#if defined(__AVX512BF16__)
+// a.low * b.low + (a.high * b.high + sum), each rounded once; subnormal numbers count as zero, whatever the mode.
+AK_INLINE VFloat add_pairs(VInt a, VInt b, VFloat sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
+}
+// To nearest, ties to even. Of two vectors: 32 numbers in the order of their lanes, not paired.
+AK_INLINE void store_rounded(uint16_t* p, VFloat v) {
+  const __m256bh half = _mm512_cvtneps_pbh(v);
+  memcpy(p, &half, sizeof half);
+}
+AK_INLINE VInt round_both(VFloat first, VFloat second) { return (VInt)(__m512i)_mm512_cvtne2ps_pbh(second, first); }
+#elif defined(AUDIOKERNELS_EMULATE_BF16)
+// The same as Intel's manual defines it (VDPBF16PS), for tests on a processor without it.
+AK_INLINE VFloat flush(VFloat v) {
+  const VInt bits = (VInt)v;
+  return (VFloat)((bits & 0x7F800000) == 0 ? bits & int32_t(0x80000000) : bits);
+}
+AK_INLINE VFloat add_pairs(VInt a, VInt b, VFloat sum) {
+  const VFloat high =
+      fma(flush((VFloat)(a & int32_t(0xFFFF0000))), flush((VFloat)(b & int32_t(0xFFFF0000))), flush(sum));
+  return flush(fma(flush((VFloat)(a << 16)), flush((VFloat)(b << 16)), flush(high)));
+}
+AK_INLINE void store_rounded(uint16_t* p, VFloat v) { store_bfloat16(p, flush(v)); }
+AK_INLINE VInt round_both(VFloat first, VFloat second) {
+  uint16_t numbers[2 * kLanes];
+  store_rounded(numbers, first);
+  store_rounded(numbers + kLanes, second);
+  return load_int(numbers);
+}
+#endif
 
 // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
 constexpr float kRound = 12582912.0f;
