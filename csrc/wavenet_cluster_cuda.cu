@@ -91,6 +91,7 @@ cudaError_t wavenet_cluster_most(const WaveNetCall& call, const WaveNetCluster& 
   config.attrs = &attribute;
   const cudaError_t error = configure(call, cluster, &kernel, &config);
   if (error != cudaSuccess) return error;
+  config.gridDim = dim3(attribute.val.clusterDim.x);  // of one cluster: sizes alone have no batch
   return has_clusters(kernel) ? cudaOccupancyMaxActiveClusters(clusters, kernel, &config) : cudaErrorInvalidValue;
 }
 
