@@ -59,7 +59,7 @@ cudaError_t configure(const WaveNetCall& c, const WaveNetCluster& k, Kernel* ker
     return cudaErrorInvalidValue;
   *kernel = c.dtype == kFloat16 ? kernel_of<ptx::Float16>(c) : kernel_of<ptx::BFloat16>(c);
   const int bytes = Places(c, k).bytes, blocks = k.layer_blocks + k.head_blocks, streams = k.groups * kStreams;
-  cudaError_t error = cudaFuncSetAttribute(*kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t error = allow_all_shared(*kernel);
   if (error == cudaSuccess && blocks > 8)
     error = cudaFuncSetAttribute(*kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   config->gridDim = dim3(unsigned((c.batch + streams - 1) / streams * blocks));
