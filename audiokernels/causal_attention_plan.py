@@ -137,7 +137,7 @@ def causal_attention_plan(
     q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: torch.dtype, window: int | None, device: Device
 ) -> Plan:
     """How causal_attention serves a call on a CUDA device."""
-    headdim, keys, refused = _common(q_shape, k_shape, dtype, window)
+    headdim, keys, refused = _common(q_shape, k_shape, dtype, window, device)
     if refused:
         return Plan(REFERENCE, refused)
     short = keys <= SHORT and (headdim, dtype.itemsize) in FORWARD_SHORT
@@ -154,7 +154,7 @@ def causal_attention_backward_plan(
     q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: torch.dtype, window: int | None, device: Device
 ) -> BackwardPlan:
     """How causal_attention_backward serves a call on a CUDA device."""
-    headdim, keys, refused = _common(q_shape, k_shape, dtype, window)
+    headdim, keys, refused = _common(q_shape, k_shape, dtype, window, device)
     if refused:
         return BackwardPlan(REFERENCE, refused)
     dq, dkdv = (fitting(table[headdim, dtype.itemsize], device) for table in (BACKWARD_DQ, BACKWARD_DKDV))
@@ -169,8 +169,8 @@ def causal_attention_decode_plan(
 ) -> DecodePlan:
     """How causal_attention_decode serves a call on a CUDA device: of shapes alone, so that it replays in a graph."""
     (batch, nheads, steps, headdim), (_, nheads_kv, capacity, _) = q_shape, cache_shape
-    if dtype == torch.float64:
-        return DecodePlan(REFERENCE, "float64 runs on the reference")
+    if refused := _refused(dtype, device):
+        return DecodePlan(REFERENCE, refused)
     window = capacity - steps + 1 if window is None else window
     headdim = padded(headdim)
     rows = steps * nheads // max(1, nheads_kv)
@@ -212,13 +212,18 @@ def _of_gpu(device: torch.device) -> tuple[int, int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major
 
 
-def _common(q_shape, k_shape, dtype, window) -> tuple[int, int, str]:
+def _common(q_shape, k_shape, dtype, window, device) -> tuple[int, int, str]:
     """(padded headdim, window at most seqlen_k, why no kernel takes the call or "")."""
-    headdim, seqlen_k = q_shape[3], k_shape[2]
+    seqlen_k = k_shape[2]
     keys = seqlen_k if window is None else min(window, seqlen_k)
-    if dtype == torch.float64:
-        return 0, keys, "float64 runs on the reference"
-    return padded(headdim), keys, ""
+    return padded(q_shape[3]), keys, _refused(dtype, device)
+
+
+def _refused(dtype: torch.dtype, device: Device) -> str:
+    """Why no kernel takes a call, or ""."""
+    if device.capability < 8:  # no products of bfloat16, which float32 is split into; Triton asks for sm_80
+        return f"sm_{device.capability}x is older than sm_80"
+    return "float64 runs on the reference" if dtype == torch.float64 else ""
 
 
 def _why(tile: Tile, scheme: str, dtype: torch.dtype, device: Device) -> str:

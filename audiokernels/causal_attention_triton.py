@@ -202,8 +202,8 @@ def exact_tiles(
 @triton.jit
 def exp2_packed(x):
     """2^x as bfloat16, one of four pairs through the polynomial."""
-    return tl.inline_asm_elementwise(
-        EXP2, "=r,=r,=r,=r,r,r,r,r,r,r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=8
+    return tl.inline_asm_elementwise(  # & (early clobber): results are written before the last operand is read
+        EXP2, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=8
     )  # fmt: skip
 
 

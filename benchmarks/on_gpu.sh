@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# The one command for a machine with a GPU: build, GPU tests, compute-sanitizer, benchmarks beside their peers.
+# The one command for a machine with a GPU: build, GPU tests, benchmarks beside their peers, compute-sanitizer.
 #
-#   benchmarks/on_gpu.sh [--only ROOM] [--quick] [--no-build] [--budget SECONDS] [--dry-run]
+#   benchmarks/on_gpu.sh [--only ROOM] [--stages NAMES] [--quick] [--built] [--no-build] [--budget SECONDS] [--dry-run]
 #
 #   --only ROOM    the rooms whose name contains ROOM (default: all, if the budget lasts)
+#   --stages NAMES some of "tests benchmark sanitize" (default: all), each for all rooms before the next
 #   --quick        short benchmarks, which show that they run, not how fast
+#   --built        use what an earlier call installed in build/on_gpu
 #   --no-build     use the audiokernels that $PYTHON imports, instead of installing this tree beside it
 #   --budget N     seconds for everything (default 540); each stage has its own limit within it
 #   --dry-run      as far as a machine without a GPU can go: build (CUDA kernels too, where nvcc is), collect the tests,
@@ -12,7 +14,8 @@
 #
 # A room is found by its files: benchmarks/benchmark_<room>.py, or tests/test_<room>.py beside audiokernels/<room>.py;
 # its tests are tests/test_<room>.py and tests/test_<room>_*.py. A test is for the GPU if its name, parameters or
-# markers say "cuda" or "gpu". compute-sanitizer's memcheck and synccheck run those of a file that say "sanitize" too
+# markers say "cuda" or "gpu"; those that run a GPU's kernels on the host are left out, and several run at a time where
+# pytest-xdist is, since Triton compiles for minutes. compute-sanitizer's memcheck and synccheck run those of a file that say "sanitize" too
 # (in a file without that word: all but CUDA graphs, compile, export and opcheck), racecheck those that say "racecheck".
 #
 # Variables: PYTHON (default python3, or .venv/bin/python), COMMIT (for the CSV, where the tree has no .git), OUT (a
@@ -28,7 +31,7 @@ GPU_TESTS="cuda or gpu"
 SANITIZE_UNMARKED="($GPU_TESTS) and not (graph or compile or export or opcheck)"
 NOTHING_COLLECTED=5 # pytest's exit status
 
-only="" budget=540 dry_run=0 build=1 quick=()
+only="" stages="tests benchmark sanitize" budget=540 dry_run=0 build=1 built=0 quick=()
 usage() {
   sed -n '2,/^set -u/{/^set -u/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
 }
@@ -37,12 +40,21 @@ while [ $# -gt 0 ]; do
     --only) only=${2:?--only needs the name of a room} && shift ;;
     --budget) budget=${2:?--budget needs seconds} && shift ;;
     --quick) quick=(--quick) ;;
+    --stages) stages=${2:?--stages needs names} && shift ;;
+    --built) build=0 built=1 ;;
     --no-build) build=0 ;;
     --dry-run) dry_run=1 ;;
     -h | --help) usage && exit 0 ;;
     *) echo "unknown argument: $1" >&2 && usage >&2 && exit 2 ;;
   esac
   shift
+done
+
+for stage in $stages; do
+  case $stage in
+    tests | benchmark | sanitize) ;;
+    *) echo "--stages $stage: no such stage" >&2 && usage >&2 && exit 2 ;;
+  esac
 done
 
 # ---- rooms
@@ -201,25 +213,45 @@ if [ $build -eq 1 ]; then
   fi
   rm -rf "$WORK/installed"
   export PYTHONPATH=$WORK/installed${PYTHONPATH:+:$PYTHONPATH}
-  run "build" 300 "$python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps --quiet \
+  run "build" 400 "$python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps --quiet \
     --target "$WORK/installed" "$ROOT" || finish
+fi
+if [ $built -eq 1 ]; then
+  export PYTHONPATH=$WORK/installed${PYTHONPATH:+:$PYTHONPATH}
+  [ -d "$WORK/installed/audiokernels" ] || { say "--built: nothing is installed in $WORK/installed" && exit 2; }
 fi
 run "what was built" 60 "$python" -m audiokernels || finish
 [ $dry_run -eq 0 ] && csv=$ROOT/benchmarks/results/$("$python" "$ROOT/benchmarks/common.py" --device cuda).csv
 
 # addopts: the machine may lack plugins whose marks a file uses
 pytest=("$python" -m pytest -q -p no:cacheprovider -o "addopts=" --rootdir "$ROOT")
-for room in "${chosen[@]}"; do
-  mapfile -t files < <(tests_of "$room" | xargs -r -d '\n' grep -lE "cuda|gpu")
-  command=("${pytest[@]}" -m "not slow" -k "$GPU_TESTS" "${files[@]}")
+export CUDA_ON_HOST=0
+workers=()
+"$python" -c "import xdist" 2> /dev/null && workers=(-n 8)
+
+# The files of a room's tests for a GPU.
+gpu_files() {
+  tests_of "$1" | xargs -r -d '\n' grep -lE "cuda|gpu"
+}
+
+run_tests() {
+  local room=$1 files command
+  mapfile -t files < <(gpu_files "$room")
+  command=("${pytest[@]}" "${workers[@]}" -m "not slow" -k "$GPU_TESTS" "${files[@]}")
   if [ ${#files[@]} -eq 0 ]; then
     record "$room: GPU tests" "none in its test files" 0
   elif [ $dry_run -eq 1 ]; then
-    run "$room: GPU tests collected without one" 60 "${command[@]}" --collect-only
+    run "$room: GPU tests collected without one" 60 "${pytest[@]}" -m "not slow" -k "$GPU_TESTS" "${files[@]}" \
+      --collect-only
     would "$room: GPU tests" "${command[@]}"
   else
-    run "$room: GPU tests" 240 "${command[@]}"
+    run "$room: GPU tests" 300 "${command[@]}"
   fi
+}
+
+run_sanitize() {
+  local room=$1 files file tool tools name command selection
+  mapfile -t files < <(gpu_files "$room")
   for file in "${files[@]}"; do
     selection=(-m "not slow" -k "$SANITIZE_UNMARKED")
     grep -q sanitize "$file" && selection=(-k "($GPU_TESTS) and sanitize")
@@ -242,8 +274,11 @@ for room in "${chosen[@]}"; do
       fi
     done
   done
-  script=$ROOT/benchmarks/benchmark_$room.py
-  [ -f "$script" ] || continue
+}
+
+run_benchmark() {
+  local room=$1 script=$ROOT/benchmarks/benchmark_$1.py command
+  [ -f "$script" ] || return
   command=("$python" "$script" --device cuda --csv "$csv" --png "$WORK/$room.png" "${quick[@]}")
   if [ $dry_run -eq 1 ]; then
     run "$room: benchmark loads" 60 "$python" -c "import sys; sys.path[0] = sys.argv[1]; __import__(sys.argv[2])" \
@@ -252,5 +287,11 @@ for room in "${chosen[@]}"; do
   else
     run "$room: benchmark" 240 "${command[@]}"
   fi
+}
+
+for stage in $stages; do
+  for room in "${chosen[@]}"; do
+    "run_$stage" "$room"
+  done
 done
 finish

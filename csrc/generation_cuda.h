@@ -37,4 +37,16 @@ bool has_clusters(Kernel* kernel) {
   return error == cudaSuccess && attributes.ptxVersion >= 90 && attributes.ptxVersion < 120;
 }
 
+// Lets a kernel have all the shared memory that a block may have; what a launch needs, the launch says. Never less: the
+// attribute is the kernel's, and another thread may be about to launch it with more.
+template <class Kernel>
+cudaError_t allow_all_shared(Kernel* kernel) {
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return error == cudaSuccess ? cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)
+                              : error;
+}
+
 }  // namespace audiokernels

@@ -747,7 +747,7 @@ Kernel kernel_of(int blocks) {
 }
 
 cudaError_t configure(Kernel kernel, int blocks, int shared_bytes, cudaLaunchConfig_t* config) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaError_t error = allow_all_shared(kernel);
   if (error == cudaSuccess && blocks > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   config->blockDim = dim3(kThreads);

@@ -67,7 +67,7 @@ cudaError_t configure(const WaveNetCall& c, const WaveNetCluster& k, Kernel* ker
     return cudaErrorInvalidValue;
   *kernel = kernel_of(c);
   const int bytes = Places(c, k).bytes, blocks = k.layer_blocks + k.head_blocks, streams = k.groups * kStreams;
-  cudaError_t error = cudaFuncSetAttribute(*kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t error = allow_all_shared(*kernel);
   if (error == cudaSuccess && blocks > 8)
     error = cudaFuncSetAttribute(*kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   config->gridDim = dim3(unsigned((c.batch + streams - 1) / streams * blocks));
@@ -99,6 +99,7 @@ cudaError_t wavenet_cluster_most(const WaveNetCall& call, const WaveNetCluster& 
   config.attrs = &attribute;
   const cudaError_t error = configure(call, cluster, &kernel, &config);
   if (error != cudaSuccess) return error;
+  config.gridDim = dim3(attribute.val.clusterDim.x);  // of one cluster: sizes alone have no batch
   return has_clusters(kernel) ? cudaOccupancyMaxActiveClusters(clusters, kernel, &config) : cudaErrorInvalidValue;
 }
 

@@ -291,8 +291,7 @@ __global__ void __launch_bounds__(kThreads, 1) general_kernel(const __grid_const
 template <class Dot, int NB>
 cudaError_t launch(const WaveNetCall& c, int shared_bytes, cudaStream_t stream) {
   if (Vectors<NB>{}.carve(c, nullptr) > shared_bytes) return cudaErrorInvalidValue;
-  const cudaError_t error =
-      cudaFuncSetAttribute(general_kernel<Dot, NB>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const cudaError_t error = allow_all_shared(general_kernel<Dot, NB>);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned((c.batch + NB - 1) / NB));

@@ -323,6 +323,8 @@ def test_on_gpu_runs_every_stage(gpu_machine):
     assert [
         line for line in calls if "benchmark_x.py --device cuda --csv ROOT/benchmarks/results/false-gpu.csv" in line
     ]
+    order = [next(i for i, line in enumerate(calls) if word in line) for word in ("pytest", "benchmark_x.py", "--tool")]
+    assert order == sorted(order)  # what takes longest comes last
     assert sorted(path.name for path in gpu_machine.out.iterdir()) == ["false-gpu.csv", "on_gpu.log", "x.png"]
     assert (gpu_machine.out / "on_gpu.log").read_text().endswith("no stage failed\n")
 
@@ -346,6 +348,17 @@ def test_on_gpu_options(gpu_machine):
     result, calls = gpu_machine("--only", "decode", "--no-build", "--quick")
     assert result.returncode == 0 and not [line for line in calls if "pip" in line or "benchmark_x" in line]
     assert [line for line in calls if line.endswith("test_x_decode.py")]
+    result, calls = gpu_machine("--stages", "benchmark")
+    assert result.returncode == 0 and not [line for line in calls if "pytest" in line]
+    assert [line for line in calls if "benchmark_x.py" in line]
+    result, calls = gpu_machine("--stages", "everything")
+    assert result.returncode == 2 and "--stages everything: no such stage" in result.stderr and not calls
+    result, calls = gpu_machine("--built", "--stages", "tests")
+    assert result.returncode == 2 and "--built: nothing is installed" in result.stdout
+    (gpu_machine.root / "build/on_gpu/installed/audiokernels").mkdir(parents=True)
+    result, calls = gpu_machine("--built", "--stages", "tests")
+    assert result.returncode == 0 and not [line for line in calls if "pip" in line]
+    assert [line for line in calls if line.startswith("python -m pytest") and " -n 8 " in line]
     result, calls = gpu_machine("--only", "nothing")
     assert result.returncode == 2 and "there are: x x_decode" in result.stderr and not calls
     result, calls = gpu_machine("--fast")

@@ -143,8 +143,10 @@ def check_lengths_and_windows(kernel, draws, seed):
         return int(torch.randint(low, high + 1, (), generator=g))
 
     for _ in range(draws):
-        group, nheads_kv, seqlen_k = draw(1, 2), draw(1, 2), draw(1, 90)
-        size = (1, group * nheads_kv, nheads_kv, draw(1, seqlen_k), seqlen_k, draw(8, 24))
+        group, nheads_kv, seqlen_k, headdim = draw(1, 2), draw(1, 2), draw(1, 90), draw(8, 24)
+        if kernel.device == "cuda":
+            headdim = 16  # Triton would compile others anew for nearly every draw
+        size = (1, group * nheads_kv, nheads_kv, draw(1, seqlen_k), seqlen_k, headdim)
         window = None if draw(0, 3) == 0 else draw(1, seqlen_k + 5)
         scale = None if draw(0, 1) else draw(-20, 20) / 20
         inputs = make(size, torch.float32, kernel.device, seed=draw(0, 999), grad=True)
@@ -243,18 +245,28 @@ def test_double_backward_through_every_kernel(dtype, device):
 # ---- who sees what
 
 
+def unchanged(result, old, redone):
+    """To the bit. redone: on a GPU a block of queries, one of which is out of the range of the fast sums or not finite,
+    is done again, and then sums in another order."""
+    if not redone:
+        return torch.equal(result, old)
+    return torch.allclose(result.float(), old.float(), rtol=redone, atol=redone)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [None, 50])
 def test_the_future_changes_no_bit(kernel, dtype, window):
     size = (1, 2, 1, 200, 230, 16)
     q, k, v = make(size, dtype, kernel.device)
     out, lse = kernel(q, k, v, window=window)
-    for t in (1, 64, 100, 128, 199):
+    for t, factor in product((1, 64, 100, 128, 199), (1, 1000)):
         other = [x.clone() for x in (q, k, v)]
         for x in other:
-            x[:, :, x.shape[2] - 200 + t :] = 1000 * torch.randn_like(x[:, :, x.shape[2] - 200 + t :])
+            x[:, :, x.shape[2] - 200 + t :] = factor * torch.randn_like(x[:, :, x.shape[2] - 200 + t :])
         changed, changed_lse = kernel(*other, window=window)
-        assert torch.equal(changed[:, :, :t], out[:, :, :t]) and torch.equal(changed_lse[:, :, :t], lse[:, :, :t])
+        redone = 0.03 if (kernel.device, dtype, factor) == ("cuda", torch.bfloat16, 1000) else 0
+        assert unchanged(changed[:, :, :t], out[:, :, :t], redone)
+        assert unchanged(changed_lse[:, :, :t], lse[:, :, :t], redone)
         assert not torch.equal(changed[:, :, t:], out[:, :, t:])
 
 
@@ -277,7 +289,7 @@ def test_the_past_changes_no_bit_backward(kernel, window):
 @pytest.mark.parametrize(("window", "where"), [(None, 77), (30, 77), (30, 128), (None, 199), (1, 5), (90, 0)])
 def test_what_is_not_finite_stays_where_causality_allows(kernel, window, where, bad):
     clean = make((2, 4, 2, 180, 200, 16), torch.float32, kernel.device)
-    before = kernel(*clean, window=window)
+    before, redone = kernel(*clean, window=window), 5e-6 if kernel.device == "cuda" else 0
     seeing = mask(180, 200, window)[:, where].to(kernel.device)
     for which in range(3):
         inputs = [x.clone() for x in clean]
@@ -292,9 +304,9 @@ def test_what_is_not_finite_stays_where_causality_allows(kernel, window, where, 
         else:
             reached[1, 2:] = seeing
         for result, old in zip((out, lse[..., None]), (before[0], before[1][..., None]), strict=True):
-            assert torch.equal(result[~reached], old[~reached])
+            assert unchanged(result[~reached], old[~reached], redone)
         if which == 2:  # one column of v
-            assert torch.equal(lse, before[1]) and torch.equal(out[..., :3], before[0][..., :3])
+            assert unchanged(lse, before[1], redone) and unchanged(out[..., :3], before[0][..., :3], redone)
             assert not out[reached][:, 3].isfinite().any()
         elif bad != bad:
             assert out[reached].isnan().all() and lse[reached].isnan().all()
@@ -329,7 +341,7 @@ def test_nan_stays_where_causality_allows_backward(kernel, window, where):
         reach_k = torch.zeros(2, 2, 200, dtype=torch.bool, device=kernel.device)
         reach_k[1, 0 if which in (0, 3) else 1] = seen[touched].any(0)
         for result, old, reach in zip(results, before, (reach_q, reach_k, reach_k), strict=True):
-            assert torch.equal(result[~reach], old[~reach])
+            assert unchanged(result[~reach], old[~reach], 5e-5 if kernel.device == "cuda" else 0)
         assert results[0][reach_q].isnan().any(-1).all() and results[1][reach_k].isnan().any(-1).all()
 
 

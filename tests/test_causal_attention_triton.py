@@ -58,6 +58,14 @@ def test_no_gpu_with_too_little_memory_is_asked_for_the_impossible():
     assert plan.kernel == REFERENCE and "shared memory" in plan.why
 
 
+def test_gpus_before_sm_80_take_the_reference():
+    turing = Device(46, 65536, 7)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for plan in (causal_attention_plan, causal_attention_backward_plan, causal_attention_decode_plan):
+            made = plan(shape(64), shape(64), dtype, None, turing)
+            assert made.kernel == REFERENCE and made.why == "sm_7x is older than sm_80"
+
+
 def test_decode_plan_fills_the_gpu_by_shapes_alone():
     def splits(batch, nheads_kv, capacity, window=None, headdim=16):
         q, cache = (batch, 8, 1, headdim), (batch, nheads_kv, capacity, headdim)

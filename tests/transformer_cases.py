@@ -96,12 +96,17 @@ def full_logits(weights, codes, options, *, dtype=torch.float64, frames=None, ho
         }[fusion]()
     if frames is not None:
         x = x + F.linear(frames.to(dtype), w["condition_weight"]).repeat_interleave(hop, 1)[:, :n]
-    time, head = torch.arange(n, dtype=torch.float64)[:, None], e // n_head
+    device = codes.device
+    time, head = torch.arange(n, dtype=torch.float64, device=device)[:, None], e // n_head
+
+    def rates(channels):
+        return 10000.0 ** (-torch.arange(0, channels, 2, dtype=torch.float64, device=device) / channels)
+
     if positions == "sinusoidal":
-        angle = time * 10000.0 ** (-torch.arange(0, e, 2, dtype=torch.float64) / e)
+        angle = time * rates(e)
         x = x + torch.cat([angle.sin(), angle.cos()], 1)[:, :e].to(dtype)
     seen = (time >= time.T) & (time - time.T < window)
-    turn = torch.exp(1j * time * 10000.0 ** (-torch.arange(0, head, 2, dtype=torch.float64) / head))
+    turn = torch.exp(1j * time * rates(head))
 
     def norm(x, name, layer=...):
         return F.layer_norm(x, (e,), w[f"{name}_weight"][layer], w[f"{name}_bias"][layer])
@@ -122,7 +127,7 @@ def full_logits(weights, codes, options, *, dtype=torch.float64, frames=None, ho
         x = x + linear(F.relu(linear(norm(x, "norm2", layer), "up", layer)), "down", layer)
         if haar:
             sums = F.pad(x, (0, 0, 1, 0)).cumsum(1)
-            width = torch.tensor([1 << level for level in haar])
-            before = (torch.arange(1, n + 1)[:, None] - width).clamp(min=0).expand(batch, -1, -1)
+            width = torch.tensor([1 << level for level in haar], device=device)
+            before = (torch.arange(1, n + 1, device=device)[:, None] - width).clamp(min=0).expand(batch, -1, -1)
             x = (sums[:, 1:] - sums.gather(1, before)) / width
     return linear(norm(x, "norm"), "out", ...) + late

@@ -32,6 +32,8 @@ CUDA_ON_HOST_EXPORT int generate(const int64_t* n, void** data, double temperatu
   c.finish();
   const int bytes = next();
   if (TransformerPlaces(c).bytes != bytes) return -TransformerPlaces(c).bytes;
+  int clusters = 0;
+  if (c.blocks > 1 && (transformer_clusters_cuda(c.blocks, bytes, &clusters) || clusters < 1)) return -1;
   return transformer_generate_cuda(c, bytes, nullptr);
 }
 """

@@ -41,6 +41,10 @@ LAUNCH = {
     "cluster": """
       const audiokernels::WaveNetCluster k{plan[0], plan[1], plan[2]};
       if (plan[3] != audiokernels::Places(c, k).bytes) return -1;
+      audiokernels::WaveNetCall sizes = c;  // as the planner asks, of a shape alone
+      sizes.batch = 0;
+      int clusters = 0;
+      if (audiokernels::wavenet_cluster_most(sizes, k, &clusters) || clusters < 1) return -2;
       return audiokernels::wavenet_cluster_cuda(c, k, nullptr);""",
 }
 

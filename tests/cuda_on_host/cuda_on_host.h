@@ -7,7 +7,7 @@
 // waits for them, by the seed. Reported as errors of the launch, never a hang or a crash: a deadlock (who waits where),
 // a warp whose lanes meet in different instructions, barriers with different counts, accesses outside of shared memory,
 // unaligned ones of an instruction, an mbarrier used before it is initialised, asynchronous writes into a block that
-// has ended.
+// has ended, a configuration that no H100 takes, or takes only by an attribute that the kernel has not got.
 //
 // Not modelled: weak ordering of plain loads and stores, proxies (a missing fence.proxy.async goes unseen), bank
 // conflicts, time; lanes of a warp run one after the other between collectives. mma sums exactly and rounds once.
@@ -91,8 +91,9 @@ struct cudaLaunchConfig_t {
 };
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
-  cudaFuncAttributeNonPortableClusterSizeAllowed
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 14
 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 
 namespace cuda_on_host {
 
@@ -481,26 +482,41 @@ inline void check_slack() {
   }
 }
 
-inline cudaError_t run(const cudaLaunchConfig_t& config, std::function<void()> kernel) {
-  Launch l;
-  launch_now = &l;
-  error_text.clear();
-  l.grid = gridDim = config.gridDim;
-  l.block = blockDim = config.blockDim;
+// What cudaFuncSetAttribute has allowed a kernel.
+struct Allowed {
+  size_t shared_bytes = 48 << 10;
+  unsigned cluster = 8;
+};
+inline std::map<const void*, Allowed> allowed;
+
+// Fills in the sizes; false if an H100 would not take them.
+inline bool configure(Launch& l, const cudaLaunchConfig_t& config, const void* kernel) {
+  l.grid = config.gridDim;
+  l.block = config.blockDim;
   for (unsigned i = 0; i < config.numAttrs; i++)
     if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) {
       const auto& c = config.attrs[i].val.clusterDim;
       l.cluster = dim3(c.x, c.y, c.z);
     }
   l.shared_bytes = config.dynamicSmemBytes;
-  l.kernel = std::move(kernel);
-  l.random.seed(seed);
-  l.eagerness = int(seed % 3);
-  if (l.block.size() == 0 || l.block.size() > 1024 || l.grid.size() == 0 || l.shared_bytes > kMostShared ||
-      l.grid.x % l.cluster.x || l.grid.y % l.cluster.y || l.grid.z % l.cluster.z || l.cluster.size() > 16) {
+  const Allowed most = allowed[kernel];
+  return l.block.size() > 0 && l.block.size() <= 1024 && l.grid.size() > 0 && l.shared_bytes <= most.shared_bytes &&
+         l.cluster.size() > 0 && l.cluster.size() <= most.cluster && l.grid.x % l.cluster.x == 0 &&
+         l.grid.y % l.cluster.y == 0 && l.grid.z % l.cluster.z == 0;
+}
+
+inline cudaError_t run(const cudaLaunchConfig_t& config, const void* which, std::function<void()> kernel) {
+  Launch l;
+  launch_now = &l;
+  error_text.clear();
+  if (!configure(l, config, which)) {
     error_text = "invalid launch configuration";
     return cudaErrorInvalidValue;
   }
+  gridDim = l.grid, blockDim = l.block;
+  l.kernel = std::move(kernel);
+  l.random.seed(seed);
+  l.eagerness = int(seed % 3);
   // The same stride for every launch: an address must not depend on the size by more than its offset.
   const size_t usable = (l.shared_bytes + kPage - 1) / kPage * kPage;
   l.stride = usable + 2 * kPage;
@@ -534,12 +550,15 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   std::tuple<std::decay_t<Parameters>...> copies(arguments...);
-  return cuda_on_host::last_error = cuda_on_host::run(*config, [kernel, &copies] { std::apply(kernel, copies); });
+  return cuda_on_host::last_error =
+             cuda_on_host::run(*config, reinterpret_cast<const void*>(kernel), [&] { std::apply(kernel, copies); });
 }
 template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*, const cudaLaunchConfig_t*) {
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel* kernel, const cudaLaunchConfig_t* config) {
+  cuda_on_host::Launch sizes;
   *clusters = 1;
-  return cudaSuccess;
+  return cuda_on_host::configure(sizes, *config, reinterpret_cast<const void*>(kernel)) ? cudaSuccess
+                                                                                        : cudaErrorInvalidValue;
 }
 struct cudaFuncAttributes {
   int ptxVersion;
@@ -550,8 +569,26 @@ inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const v
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_host::last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t) { return cuda_on_host::error_text.c_str(); }
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  auto& allowed = cuda_on_host::allowed[kernel];
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed)
+    allowed.cluster = value ? 16 : 8;
+  else if (size_t(value) <= cuda_on_host::kMostShared)
+    allowed.shared_bytes = size_t(value);
+  else
+    return cudaErrorInvalidValue;
+  return cudaSuccess;
+}
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = int(cuda_on_host::kMostShared);
   return cudaSuccess;
 }
 
