@@ -12,6 +12,9 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# pip would make the bytecode on one core, of the packages' own tests too; sources that are not Python 3 are no error
+INSTALL = $(PIP) install -q --no-compile
+BYTECODE = $(BIN)/python -m compileall -qq -j 0 -x /tests/ .venv/lib || true
 SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py build_backend.py pyproject.toml
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/cuda_on_host/*.h)
 
@@ -76,7 +79,8 @@ clean:
 	touch $@
 
 .venv/tools: .venv/python
-	$(PIP) install -q "$(TORCH)" numpy "setuptools>=77" "cmake>=3.25" ninja "pybind11>=3"
+	$(INSTALL) "$(TORCH)" numpy "setuptools>=77" "cmake>=3.25" ninja "pybind11>=3"
+	$(BYTECODE)
 	touch $@
 
 .venv/built: .venv/tools $(SOURCES)
@@ -86,9 +90,11 @@ clean:
 
 # audiokernels is installed already: these add what its extras name
 .venv/models: .venv/built
-	$(PIP) install -q "audiokernels[models]"
+	$(INSTALL) "audiokernels[models]"
+	$(BYTECODE)
 	touch $@
 
 .venv/dev: .venv/built
-	$(PIP) install -q "$(TRITON)" "audiokernels[models,train,dev]"
+	$(INSTALL) "$(TRITON)" "audiokernels[models,train,dev]"
+	$(BYTECODE)
 	touch $@
