@@ -9,6 +9,8 @@ TORCH ?= torch==2.13.0
 # What TORCH itself names; its CPU build does not bring it, and the tests interpret the Triton kernels.
 TRITON ?= triton==3.7.1
 PYTEST_ARGS ?=
+# A process a core (tests/conftest.py says when not), each with whole files; PYTEST_ARGS="-n 0" takes it back.
+PARALLEL = -n auto --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -28,7 +30,7 @@ demo: .venv/models
 
 test: .venv/dev
 	@rm -f .venv/pytest-exit
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS); echo $$? > .venv/pytest-exit; exit $$(cat .venv/pytest-exit)
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS); echo $$? > .venv/pytest-exit; exit $$(cat .venv/pytest-exit)
 
 test-full: .venv/dev test-sanitize
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
