@@ -9,9 +9,14 @@ TORCH ?= torch==2.13.0
 # What TORCH itself names; its CPU build does not bring it, and the tests interpret the Triton kernels.
 TRITON ?= triton==3.7.1
 PYTEST_ARGS ?=
+# A process a core (tests/conftest.py says when not), each with whole files; PYTEST_ARGS="-n 0" takes it back.
+PARALLEL = -n auto --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# pip would make the bytecode on one core, of the packages' own tests too; sources that are not Python 3 are no error
+INSTALL = $(PIP) install -q --no-compile
+BYTECODE = $(BIN)/python -m compileall -qq -j 0 -x /tests/ .venv/lib || true
 SOURCES := $(wildcard csrc/*) CMakeLists.txt setup.py build_backend.py pyproject.toml
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu tests/cuda_on_host/*.h)
 
@@ -25,7 +30,7 @@ demo: .venv/models
 
 test: .venv/dev
 	@rm -f .venv/pytest-exit
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS); echo $$? > .venv/pytest-exit; exit $$(cat .venv/pytest-exit)
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(PYTEST_ARGS); echo $$? > .venv/pytest-exit; exit $$(cat .venv/pytest-exit)
 
 test-full: .venv/dev test-sanitize
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -76,7 +81,8 @@ clean:
 	touch $@
 
 .venv/tools: .venv/python
-	$(PIP) install -q "$(TORCH)" numpy "setuptools>=77" "cmake>=3.25" ninja "pybind11>=3"
+	$(INSTALL) "$(TORCH)" numpy "setuptools>=77" "cmake>=3.25" ninja "pybind11>=3"
+	$(BYTECODE)
 	touch $@
 
 .venv/built: .venv/tools $(SOURCES)
@@ -86,9 +92,11 @@ clean:
 
 # audiokernels is installed already: these add what its extras name
 .venv/models: .venv/built
-	$(PIP) install -q "audiokernels[models]"
+	$(INSTALL) "audiokernels[models]"
+	$(BYTECODE)
 	touch $@
 
 .venv/dev: .venv/built
-	$(PIP) install -q "$(TRITON)" "audiokernels[models,train,dev]"
+	$(INSTALL) "$(TRITON)" "audiokernels[models,train,dev]"
+	$(BYTECODE)
 	touch $@

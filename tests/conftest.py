@@ -1,9 +1,24 @@
-"""Fixtures shared by the tests."""
+"""Fixtures shared by the tests, and how many processes run them (`make test` asks for -n auto of pytest-xdist)."""
 
+import os
 import sys
 import warnings
 
 import pytest
+
+MOST_WORKERS = 4  # a process takes 1 to 2 GB
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: the processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """What -n auto is: a process a core, but one alone where there is a GPU."""
+    import torch
+
+    return 0 if CORES == 1 or torch.cuda.is_available() else min(CORES, MOST_WORKERS)
 
 
 @pytest.fixture(scope="module")
