@@ -246,13 +246,13 @@ def order_table(verdicts: list[dict]) -> str:
 
 
 def picture(path: Path, runs: list[dict]) -> None:
-    """The figure on dev over training, a panel for each task, a line for each run."""
+    """The figure on dev over training, a panel for each task, a line for each run; a row has one colour in all."""
     tasks = list(dict.fromkeys(run["task"] for run in runs))
+    titles = list(dict.fromkeys(run["title"] for run in runs))
     fig, grid = plots.figure(7 * len(tasks), 5, 1, len(tasks))
     for column, task in enumerate(tasks):
         axis = plots.add(fig, grid[0, column], f"{task}: {'mAP' if task == 'tags' else 'frame AP'} on dev")
         mine = [run for run in runs if run["task"] == task]
-        titles = list(dict.fromkeys(run["title"] for run in mine))
         for run in mine:
             place = titles.index(run["title"])
             label = run["title"] if run is next(r for r in mine if r["title"] == run["title"]) else None
