@@ -390,9 +390,7 @@ def main() -> None:
     with torch.inference_mode():
         bench.check()
         rows = []
-        if (
-            arguments.device == "cuda"
-        ):  # eager ring buffers take 2 ms a step there: the GPU's rows have peers of their own
+        if arguments.device == "cuda":  # peers of its own: eager ring buffers take 2 ms a step there
             rows += bench.gpu()
         else:
             model = bench.naive_model()
