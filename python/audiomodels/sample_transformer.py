@@ -268,18 +268,18 @@ class SampleTransformer(nn.Module, Generator):
         if self.mode == "recompute":
             return self._recompute(codes, frames, length)
         seen = min(time, length + self.config.n_layer * self._span)
-        x, late = self._embed(codes, frames, seen)
+        x, late = self._embed(codes, frames, seen, length)
         offset = time - seen
         if self.training and self.config.positions == "sinusoidal":
             offset += int(torch.randint(RANDOM_OFFSETS, ()))
-        return self._logits(self._stack(x, length, offset), late, length)
+        return self._logits(self._stack(x, length, offset), late)
 
-    def _embed(self, codes: Tensor, frames: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
-        """What the first layer reads at the last n codes, without positions, and what is added to their logits."""
+    def _embed(self, codes: Tensor, frames: Tensor | None, n: int, length: int) -> tuple[Tensor, Tensor | None]:
+        """What the first layer reads at the last n codes, without positions; what is added to the last length logits."""
         time, late = codes.shape[1], None
         x = self.embedding(codes[:, time - n :])
         if self.context is not None:
-            fused = self.fuse(self.context(codes, n))
+            fused = self.fuse(self.context(codes, length if self.config.fusion == "logits" else n))
             if self.config.fusion == "logits":
                 late = fused
             elif self.config.fusion == "add":
@@ -314,15 +314,15 @@ class SampleTransformer(nn.Module, Generator):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
-    def _logits(self, x: Tensor, late: Tensor | None, length: int) -> Tensor:
+    def _logits(self, x: Tensor, late: Tensor | None) -> Tensor:
         logits = self.out(self.norm(x))
-        return logits if late is None else logits + late[:, late.shape[1] - length :]
+        return logits if late is None else logits + late
 
     def _recompute(self, codes: Tensor, frames: Tensor | None, length: int) -> Tensor:
         """The last `length` predictions, each from the `window` codes before it, as if there were no others."""
         window, time = self.config.window, codes.shape[1]
         seen = min(time, length + window - 1)
-        x, late = self._embed(codes, frames, seen)
+        x, late = self._embed(codes, frames, seen, length)
         rows = []
         whole = min(length, max(0, length - (time - window)))  # those whose crop begins at the first code
         if whole:
@@ -331,7 +331,7 @@ class SampleTransformer(nn.Module, Generator):
             crops = x.unfold(1, window, 1).transpose(2, 3)  # (batch, crops, window, E)
             for some in crops[:, crops.shape[1] - (length - whole) :].split(CROPS, 1):
                 rows.append(self._stack(some.flatten(0, 1), 1, 0).unflatten(0, some.shape[:2]).squeeze(2))
-        return self._logits(torch.cat(rows, 1) if rows else x[:, :0], late, length)
+        return self._logits(torch.cat(rows, 1) if rows else x[:, :0], late)
 
     # ---- long context
 
