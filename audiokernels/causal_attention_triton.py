@@ -5,12 +5,14 @@ sees whole (the diagonal, the window's edge) first, by the exact online softmax:
 and leaves l >= 1, since the row's maximum over those keys counts 1. The tiles after it need neither a maximum nor a
 rescaling: weights 2^(x - m), summed in float32.
 Nothing is lost by that: what falls below 2^-126 of l vanishes beside it, and as long as l stays below 2^100 no weight
-was too large for float32 or bfloat16, whose relative precision is the same at every size. A block with a row whose l
-passes 2^100, or whose l or output is not finite, is done again by the exact online softmax, in the same program.
+was too large for float32 or bfloat16, whose relative precision is the same at every size. A row whose l passes 2^100,
+or whose l or output is not finite, is done again by the exact online softmax, in the same program; the rows beside it
+keep what they have.
 bfloat16 weights have float32's range; float16 ones end at 2^16 and lose bits below 2^-14, so that no reference but the
 running maximum serves them, and float32 inputs are for those who want the last bit: both take the running maximum
 throughout, and are done again only where inputs are not finite.
-A value that is not finite reaches only the queries that see it, also within a tile.
+A value that is not finite reaches only the queries that see it: 0 stands for it in tiles that not every query sees
+whole, and it is added to the output afterwards.
 
 Compiled for sm_80 to sm_120 and run through Triton's interpreter; not yet run on a GPU.
 """
@@ -99,14 +101,17 @@ def load_tile(
 @triton.jit
 def store_tile(
     base, row, end, stride_row, stride_col, headdim, tile,
-    BLOCK: tl.constexpr, HEADDIM: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, HEADDIM: tl.constexpr, WIDE: tl.constexpr, chosen=None,
 ):  # fmt: skip
-    """Store what load_tile would load."""
+    """Store what load_tile would load, of the `chosen` rows if they are given."""
     i, d = tl.arange(0, BLOCK)[:, None], tl.arange(0, HEADDIM)[None, :]
     if WIDE:
         i, d = i.to(tl.int64), d.to(tl.int64)
     pointers = row_offset(row, stride_row, base) + (i * stride_row + d * stride_col)
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(row + i < end) & (d < headdim))
+    mask = (row + i < end) & (d < headdim)
+    if chosen is not None:
+        mask = mask & chosen[:, None]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -182,10 +187,14 @@ def seen_keys(start, position, window, BLOCK_N: tl.constexpr, WINDOWED: tl.const
 def exact_tiles(
     query, m, norm, acc, k, v, k_stride, k_dim, v_stride, v_dim,
     position, window, end, headdim, scale, n_first, first, second, count,
-    BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr, WINDOWED: tl.constexpr, CLEAN: tl.constexpr,
+    BLOCK_N: tl.constexpr, HEADDIM: tl.constexpr, WINDOWED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Masked tiles with a running maximum: n_first tiles from key `first` on, then from `second` on, `count` in all."""
+    """Masked tiles with a running maximum: n_first tiles from key `first` on, then from `second` on, `count` in all.
+
+    Values that are not finite count as 0; not 0 in the last result where there were any.
+    """
+    spoiled = tl.zeros([BLOCK_N], tl.int32)
     for i in tl.range(0, count, num_stages=1):
         start = tl.where(i < n_first, first + i * BLOCK_N, second + (i - n_first) * BLOCK_N)
         keys = load_tile(k, start, end, k_stride, k_dim, headdim, BLOCK_N, HEADDIM, True, WIDE)
@@ -193,10 +202,9 @@ def exact_tiles(
         seen = seen_keys(start, position, window, BLOCK_N, WINDOWED)
         weights, m, norm, rescale = online_softmax(tl.where(seen, scores, float("-inf")), m, norm)
         values = load_tile(v, start, end, v_stride, v_dim, headdim, BLOCK_N, HEADDIM, True, WIDE)
-        if CLEAN:
-            values = finite(values)
-        acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None], input_precision=PRECISION)
-    return m, norm, acc
+        spoiled |= tl.max((~(tl.abs(values.to(tl.float32)) < float("inf"))).to(tl.int32), 1)
+        acc = tl.dot(weights.to(values.dtype), finite(values), acc * rescale[:, None], input_precision=PRECISION)
+    return m, norm, acc, spoiled
 
 
 @triton.jit
@@ -244,10 +252,10 @@ def forward_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, HEADDIM], tl.float32)
-    m, norm, acc = exact_tiles(
+    m, norm, acc, spoiled = exact_tiles(
         query, m, norm, acc, k, v, k_row, k_dim, v_row, v_dim,
         position, window, last + 1, headdim, scale, n_diagonal, diagonal, begin, n_diagonal + n_edge,
-        EDGE, HEADDIM, WINDOWED, False, PRECISION, WIDE,
+        EDGE, HEADDIM, WINDOWED, PRECISION, WIDE,
     )  # fmt: skip
 
     ones = tl.full([BLOCK_N, 16], 1.0, v.dtype.element_ty)
@@ -273,26 +281,26 @@ def forward_kernel(
     if ONES:
         norm += tl.sum(sums, 1) * 0.0625
 
+    out = row_offset(h, o_head, row_offset(b, o_batch, out))
+    rows = row + tl.arange(0, BLOCK_M)
+    lse = row_offset(batch_head, seqlen_q, lse)
+    store_tile(out, row, seqlen_q, o_row, o_dim, headdim, acc / norm[:, None], BLOCK_M, HEADDIM, WIDE)
+    tl.store(lse + rows, (m + tl.log2(norm)) * 0.6931471805599453, mask=rows < seqlen_q)
+
     if REDO:  # keys of a tile, few so that what is rarely run costs the loop above no registers
-        wrong = any_of(~(tl.abs(acc) < float("inf"))) | any_of(~(norm < 1.2676506e30))  # 2^100
-        if wrong:
+        wrong = ~(norm < 1.2676506e30) | (tl.max((~(tl.abs(acc) < float("inf"))).to(tl.int32), 1) > 0)  # 2^100
+        if any_of(wrong) | any_of(spoiled):
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
             norm = tl.zeros([BLOCK_M], tl.float32)
             acc = tl.zeros([BLOCK_M, HEADDIM], tl.float32)
             count = tl.cdiv(last + 1 - begin, REDO)
-            m, norm, acc = exact_tiles(
+            m, norm, acc, _ = exact_tiles(
                 query, m, norm, acc, k, v, k_row, k_dim, v_row, v_dim,
                 position, window, last + 1, headdim, scale, count, begin, begin, count,
-                REDO, HEADDIM, WINDOWED, True, PRECISION, WIDE,
+                REDO, HEADDIM, WINDOWED, PRECISION, WIDE,
             )  # fmt: skip
-
-    out = row_offset(h, o_head, row_offset(b, o_batch, out))
-    store_tile(out, row, seqlen_q, o_row, o_dim, headdim, acc / norm[:, None], BLOCK_M, HEADDIM, WIDE)
-    rows = row + tl.arange(0, BLOCK_M)
-    lse = row_offset(batch_head, seqlen_q, lse)
-    tl.store(lse + rows, (m + tl.log2(norm)) * 0.6931471805599453, mask=rows < seqlen_q)
-    if REDO:  # noqa: SIM102 (a constant, and a scalar of the device)
-        if wrong:
+            store_tile(out, row, seqlen_q, o_row, o_dim, headdim, acc / norm[:, None], BLOCK_M, HEADDIM, WIDE, wrong)
+            tl.store(lse + rows, (m + tl.log2(norm)) * 0.6931471805599453, mask=(rows < seqlen_q) & wrong)
             tl.debug_barrier()  # other threads of the block stored what this one adds to
             for column in tl.range(0, headdim, 16):
                 total = tl.zeros([BLOCK_M, 16], tl.float32)
@@ -347,7 +355,7 @@ def forward_launch(plan: Plan, q: Tensor, k: Tensor, v: Tensor, results: tuple[T
         "ONES": tile.ones,
         "PRECISION": "ieee" if interpreted() else plan.precision,
         "WIDE": is_wide(q, k, v, out),
-        "REDO": 32,
+        "REDO": 32 if plan.headdim < 128 else 16,
     }
     grid = (triton.cdiv(seqlen_q, tile.block_m) * batch * nheads,)
     return Launch(forward_kernel, grid, arguments, constants, launch_options(tile))
