@@ -14,6 +14,7 @@ from torch import Tensor
 
 from audiokernels._triton import Launch
 from audiokernels.haar_dwt import haar_dwt_ref, haar_idwt_ref
+from audiokernels.haar_pool import refused_by_triton
 from audiokernels.haar_tiles import BLOCK_C, place, strides
 
 LOG_TILE = 8
@@ -181,7 +182,7 @@ def idwt_launches(coeffs: Tensor, x: Tensor, n_levels: int) -> list[Launch]:
 
 def haar_dwt(x: Tensor, n_levels: int, *, edge: bool = False) -> Tensor:
     """The op haar_dwt on the device of x."""
-    if x.dtype == torch.float64:
+    if refused_by_triton(x):
         return haar_dwt_ref(x, n_levels, edge=edge)
     padded = -(-x.shape[1] // (1 << n_levels)) << n_levels
     coeffs = x.new_empty(x.shape[0], padded, x.shape[2])
@@ -192,7 +193,7 @@ def haar_dwt(x: Tensor, n_levels: int, *, edge: bool = False) -> Tensor:
 
 def haar_idwt(coeffs: Tensor, n_levels: int, *, seqlen: int | None = None) -> Tensor:
     """The op haar_idwt on the device of coeffs."""
-    if coeffs.dtype == torch.float64:
+    if refused_by_triton(coeffs):
         return haar_idwt_ref(coeffs, n_levels, seqlen=seqlen)
     x = coeffs.new_empty(coeffs.shape[0], coeffs.shape[1] if seqlen is None else seqlen, coeffs.shape[2])
     for launch in idwt_launches(coeffs, x, n_levels) if x.numel() else ():

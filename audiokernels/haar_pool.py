@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from audiokernels._checks import check_dense, check_floating, check_not_expanded
+from audiokernels._gpu import device_facts
 from audiokernels._library import C, lib, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.haar_levels import check_runs, level_runs
@@ -222,12 +223,19 @@ def kernel_of(op: str, x: Tensor) -> tuple[str, str]:
     if why.startswith(REFERENCE):
         return REFERENCE, why.removeprefix(f"{REFERENCE}: ")
     if why == "Triton":
-        if x.dtype == torch.float64:
-            return REFERENCE, "float64 runs on the reference"
-        return "Triton", "compiled, not yet run on a GPU"
+        refused = refused_by_triton(x)
+        return (REFERENCE, refused) if refused else ("Triton", "compiled, not yet run on a GPU")
     if x.dtype == torch.float64:
         return "cpu_loop", "float64 runs in a plain loop"
     return f"cpu_{C.isa()}", f"the compiled CPU kernel, on up to {torch.get_num_threads()} thread(s)"
+
+
+def refused_by_triton(x: Tensor) -> str:
+    """Why no Triton kernel of a Haar op takes x, or ""."""
+    if x.dtype == torch.float64:
+        return "float64 runs on the reference"
+    major = device_facts(x.device).capability[0] if x.is_cuda else 8
+    return "" if major >= 8 else f"sm_{major}x is older than sm_80"  # as Triton asks for
 
 
 def _describe(x, *, levels=None, mode="block", norm="window") -> Explanation:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from audiokernels._triton import Launch
-from audiokernels.haar_pool import haar_pool__ref, haar_pool_ref
+from audiokernels.haar_pool import haar_pool__ref, haar_pool_ref, refused_by_triton
 from audiokernels.haar_pool_update import haar_pool_update_ref, state_slots
 from audiokernels.haar_tiles import (
     Part,
@@ -366,7 +366,7 @@ def haar_pool(
     x: Tensor, runs: Sequence[int], *, causal: bool = False, count: bool = False, adjoint: bool = False
 ) -> Tensor:
     """The op haar_pool on the device of x."""
-    if x.dtype == torch.float64:
+    if refused_by_triton(x):
         return haar_pool_ref(x, runs, causal=causal, count=count, adjoint=adjoint)
     out = x.new_empty(x.shape)
     if x.numel():
@@ -379,7 +379,7 @@ def haar_pool(
 
 def haar_pool_(x: Tensor, runs: Sequence[int], *, causal: bool = False, count: bool = False) -> None:
     """The op haar_pool_ on the device of x."""
-    if x.dtype == torch.float64:
+    if refused_by_triton(x):
         haar_pool__ref(x, runs, causal=causal, count=count)
     elif causal:  # windows reach into other tiles
         x.copy_(haar_pool(x, runs, causal=True, count=count))
@@ -394,7 +394,7 @@ def haar_pool_update(
     x: Tensor, state: Tensor, position: Tensor, runs: Sequence[int], *, count: bool = False, seqlen: int = 0
 ) -> Tensor:
     """The op haar_pool_update on the device of x."""
-    if x.dtype == torch.float64:
+    if refused_by_triton(x):
         return haar_pool_update_ref(x, state, position, runs, count=count, seqlen=seqlen)
     out, slot = x.new_empty(x.shape), 0
     for part in parts(runs) if x.numel() else ():

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ from hypothesis import strategies as st
 from instruction_sets import UNCOMPILED, distinct_instruction_sets, in_use
 
 from audiokernels import explain, haar_levels, haar_pool, haar_pool_
+from audiokernels._gpu import Gpu
 from audiokernels._library import C
 from audiokernels.backends import REFERENCE
 from audiokernels.haar_levels import level_runs
-from audiokernels.haar_pool import haar_pool_ref
+from audiokernels.haar_pool import haar_pool_ref, refused_by_triton
 
 OP = torch.ops.audiokernels.haar_pool.default
 INPLACE = torch.ops.audiokernels.haar_pool_.default
@@ -507,6 +510,16 @@ def test_wrong_levels(args, error, message):
 
 
 # ---- which kernel runs
+
+
+def test_triton_serves_from_sm_80_on(monkeypatch):
+    for major, refused in ((7, "sm_7x is older than sm_80"), (8, ""), (12, "")):
+        gpu = Gpu((major, 0), 132, 232448)
+        monkeypatch.setattr(sys.modules["audiokernels.haar_pool"], "device_facts", lambda device, gpu=gpu: gpu)
+        x = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"), is_cuda=True)
+        assert refused_by_triton(x) == refused
+        x.dtype = torch.float64
+        assert refused_by_triton(x) == "float64 runs on the reference"
 
 
 def test_explain(isa):

@@ -6,9 +6,10 @@ import threading
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from audiokernels import causal_attention
-from audiokernels.integrations import sdpa
+from audiokernels import causal_attention, causal_attention_decode, dilated_conv_update
+from audiokernels.integrations import flop_counter, sdpa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -313,3 +314,26 @@ def test_patch_reaches_torchs_own_layers_and_compiled_models(patched):
         thread.start()
         thread.join()
     assert len(patched) >= 2
+
+
+# ---- the counter of operations
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_flop_counter(device):
+    flop_counter.register()
+    flop_counter.register()  # again
+    q = torch.randn(2, 4, 50, 16, device=device, requires_grad=True)
+    k, v = torch.randn(2, 2, 2, 60, 16, device=device)
+    pairs = 50 * 20  # the first query sees 11 keys, and so sees a whole window of them
+    pairs -= sum(20 - seen for seen in range(11, 20))
+    with FlopCounterMode(display=False) as counter:
+        causal_attention(q, k, v, window=20).sum().backward()
+    assert counter.get_total_flops() == (4 + 10) * 2 * 4 * 16 * pairs
+    caches = [torch.zeros(2, 2, 30, 16, device=device) for _ in range(2)]
+    steps = torch.zeros(5, dtype=torch.int32, device=device)
+    x, state, weight = (torch.zeros(size, device=device) for size in ((5, 8), (5, 4, 8), (7, 8, 3)))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        causal_attention_decode(q[:, :, :3], *caches, steps[:2], window=20)
+        dilated_conv_update(x, state, weight, None, steps, dilation=2)
+    assert counter.get_total_flops() == 4 * 2 * 4 * 3 * 20 * 16 + 2 * 5 * 7 * 8 * 3

@@ -149,6 +149,7 @@ def test_views_depend_on_seed_and_step():
         Crops(recordings([made_of(0, np.random.default_rng(0))]), batch=2, length=4000, context=0),
     )
     views = Views(sounds.audio, model.cnn.log_mel, frames=24, seed=1)
+    assert views.data == sounds.data
     a, b = views(3)
     assert a.shape == b.shape == (2, 40, 24) and not torch.equal(a, b)
     assert torch.equal(views(3)[0], a) and torch.equal(views(3)[1], b)

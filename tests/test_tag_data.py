@@ -143,6 +143,15 @@ def test_crops_are_seconds_of_clips():
 
 
 @pytest.mark.parametrize("kind", [TagCrops, Mixtures])
+def test_crops_tell_what_they_are_drawn_from(kind):
+    lengths, labels = [1000, 2500, 300], [[1, 0], [0, 1], [1, 1]]
+    told = kind(clips(lengths, labels), batch=2, seed=1).data
+    assert told.startswith("3 recordings, 3800 samples, ") and told == kind(clips(lengths, labels), batch=8).data
+    others = [clips([1000, 2500, 301], labels), clips(lengths, labels[::-1]), clips(lengths, labels).only([0, 2, 1])]
+    assert len({told, *(kind(other, batch=2).data for other in others)}) == 4
+
+
+@pytest.mark.parametrize("kind", [TagCrops, Mixtures])
 def test_batches_depend_on_seed_and_step_alone(kind):
     source = clips([1000, 2500, 300], [[1, 0], [0, 1], [1, 1]])
     first = kind(source, batch=8, seed=1)

@@ -147,6 +147,14 @@ def test_training_learns_resumes_and_logs(tmp_path):
     assert few.n_clip == 7
 
 
+def test_resumed_with_other_clips_is_told_so(tmp_path, caplog):
+    for count in (20, 20, 21):
+        assert "other settings" not in caplog.text
+        config = settings(tmp_path, steps=count - 18)
+        fit(AudioTransformer(CONFIG), TagCrops(tones(count), batch=16), config, task=Tagging())
+    assert "resumed with other settings: {'steps': '2 -> 3', 'data': '20 recordings, " in caplog.text
+
+
 def test_the_first_step_by_hand(tmp_path):
     torch.manual_seed(0)
     model, other = AudioTransformer(CONFIG), AudioTransformer(CONFIG)

@@ -295,6 +295,7 @@ def test_conditioned_crops_hold_the_condition_of_their_samples(coder):
     data = unit_recordings(recordings([MELODY, note(60)[:500], MELODY[:9000]]), coder, wavenet, context=200)
     assert [len(r.codes) for r in data] == [256 + 32000, 256 + 512, 256 + 9088]
     crops = ConditionedCrops(data, 128, batch=6, length=1024, context=256)
+    assert crops.data.startswith(f"{len(crops.recordings)} recordings, ")
     for step in range(3):
         codes, extra = crops(step)
         assert codes.shape == (6, 256 + 1024 + 1) and extra["condition"].shape == (6, 10, 12)

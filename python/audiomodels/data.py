@@ -205,12 +205,7 @@ class Crops:
     @property
     def data(self) -> str:
         """What is drawn from, in words that other recordings hardly have: for a run that may be resumed with others."""
-        digest = hashlib.sha256()
-        for recording in self.recordings:
-            digest.update(f"{recording.name} {len(recording.codes)} ".encode())
-            digest.update(recording.codes[:4096].numpy().tobytes())
-        number = len(self.recordings)
-        return f"{number} recordings, {self.recordings.n_sample} samples, {digest.hexdigest()[:8]}"
+        return in_words((recording.name, recording.codes) for recording in self.recordings)
 
     def places(self, step: int) -> tuple[list[int], list[int]]:
         """Of each row of the batch at `step`: the recording's index, and the sample of it that is the first target
@@ -302,6 +297,16 @@ def _source_groups(key: str) -> list[str]:
 def file_words(stem: str) -> str:
     """A file's name as words: "FootStepGrass1" -> "foot step grass"."""
     return re.sub(r"[^a-z]+", " ", re.sub(r"([a-z])([A-Z])", r"\1 \2", stem).lower()).strip()
+
+
+def in_words(sounds: Iterable[tuple[str, Tensor]]) -> str:
+    """Sounds (name, samples (time,)), in words that others hardly have: number, length, a digest of the starts."""
+    digest, number, samples = hashlib.sha256(), 0, 0
+    for name, sound in sounds:
+        digest.update(f"{name} {len(sound)} ".encode())
+        digest.update(sound[:4096].numpy().tobytes())
+        number, samples = number + 1, samples + len(sound)
+    return f"{number} recordings, {samples} samples, {digest.hexdigest()[:8]}"
 
 
 def _digest(text: str) -> int:

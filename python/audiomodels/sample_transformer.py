@@ -275,7 +275,7 @@ class SampleTransformer(nn.Module, Generator):
         return self._logits(self._stack(x, length, offset), late)
 
     def _embed(self, codes: Tensor, frames: Tensor | None, n: int, length: int) -> tuple[Tensor, Tensor | None]:
-        """What the first layer reads at the last n codes, without positions; what is added to the last length logits."""
+        """What the first layer reads at the last n codes, without positions, and what the last logits get added."""
         time, late = codes.shape[1], None
         x = self.embedding(codes[:, time - n :])
         if self.context is not None:

@@ -104,6 +104,7 @@ class Views:
         seed: int = 0,
     ):
         self.sounds, self.log_mel, self.frames, self.seed = sounds, log_mel, frames, seed
+        self.data = getattr(getattr(sounds, "__self__", sounds), "data", None)  # in words, for a run that is resumed
 
     @torch.no_grad()
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:

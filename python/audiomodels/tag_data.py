@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from audiomodels.audio import AudioError, AudioNotice, check_sample_rate, read_mono
-from audiomodels.data import groups_of, half_of, rows_of
+from audiomodels.data import groups_of, half_of, in_words, rows_of
 
 HELD_OUT_PROGRAMS = {6, 22, 42, 60, 73}  # harpsichord, harmonica, cello, French horn, flute
 MAX_CSV_BYTES = 64 << 20
@@ -138,6 +138,12 @@ class TagCrops:
         if not len(clips):
             raise ValueError("clips must hold at least one clip; got none")
         self.clips, self.batch, self.seed = clips, batch, seed
+
+    @property
+    def data(self) -> str:
+        """What is drawn from, with its labels, in words: for a run that may be resumed with others."""
+        names = ("".join(map(str, row)) for row in self.clips.labels.int().tolist())
+        return in_words(zip(names, self.clips.audio, strict=True))
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         if not 0 <= step < 1 << 64:

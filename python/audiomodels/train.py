@@ -412,7 +412,7 @@ class _Run:
         try:
             before, self.plateau, self.bad = state["config"], state["plateau"], state["bad"]
             changed = {k: f"{before.get(k)} -> {v}" for k, v in _recipe(self.config).items() if before.get(k) != v}
-            if "data" in state and state["data"] != self.data:
+            if state.get("data") not in (None, self.data):
                 changed["data"] = f"{state['data']} -> {self.data}"
         except (KeyError, AttributeError) as error:
             raise checkpoint.CheckpointError(f"{path}: not written by fit: {error!r}") from error

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from audiomodels import features, quantize
 from audiomodels.codebook import check_codes
-from audiomodels.data import Recordings
+from audiomodels.data import Recordings, in_words
 from audiomodels.encoders import Coder
 from audiomodels.pretrained import Pretrained
 from audiomodels.train import NextCode, TrainConfig
@@ -220,6 +220,11 @@ class ConditionedCrops:
             raise ValueError(f"recordings must hold one of at least {self.frames * hop} samples, as long as a crop")
         self.hop, self.batch, self.seed, self.silence = hop, batch, seed, recordings.n_class // 2
         self.ends = np.cumsum([len(r.condition) - self.frames + 1 for r in self.recordings])
+
+    @property
+    def data(self) -> str:
+        """What is drawn from, in words: for a run that may be resumed with others."""
+        return in_words((r.name, r.codes) for r in self.recordings)
 
     def __call__(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The crops of training step `step`."""
