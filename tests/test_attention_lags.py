@@ -7,7 +7,7 @@ import torch
 from audiomodels import attention_lags as lags_module
 from audiomodels.attention_lags import attention_lags, picture, table
 from audiomodels.audio import write_audio
-from audiomodels.sample_transformer import SampleTransformer, SampleTransformerConfig
+from audiomodels.sample_transformer import SampleTransformer, SampleTransformerConfig, start_lags
 from audiomodels.transformer_block import rotate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,3 +122,16 @@ def test_the_command(call, tmp_path):
     assert code == 0 and "mean over 762 samples" in text and out.stat().st_size > 20_000
     code, _, err = call("plot-attention", tmp_path / "model", tmp_path / "a.wav", "--seconds", 0.001)
     assert code == 2 and "need more than 38" in err
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 40, 100])
+def test_heads_of_a_fresh_model_look_at_lags_of_their_own(window):
+    lags = start_lags(window)
+    assert lags == [lag for lag in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96) if lag < window] or lags == [0]
+    torch.manual_seed(window)
+    model = SampleTransformer(SampleTransformerConfig(n_layer=3, n_head=5, n_embd=80, window=window))
+    mass = attention_lags(model, torch.randint(0, 256, (3 * window + 500,))).mass
+    assert mass.argmax(2).flatten().tolist() == [lags[head % len(lags)] for head in range(15)]
+    torch.manual_seed(window)
+    other = SampleTransformer(SampleTransformerConfig(n_head=5, n_embd=80, window=40, positions="sinusoidal"))
+    assert not any(block.qkv.bias.abs().max() > 1 for block in other.blocks)

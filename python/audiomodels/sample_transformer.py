@@ -23,6 +23,7 @@ is a condition of the samples in the next one.
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import cycle
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +147,16 @@ class SampleTransformerConfig:
         return [4] * (twos // 2) + [2] * (twos % 2)
 
 
+def start_lags(window: int) -> list[int]:
+    """Where the heads of a fresh model look, in samples back: 1, 2, 3, 4, 6, 8, 12, 16 and so on, within the window.
+
+    A prediction of the next sample needs the last ones told apart. Fresh heads, whose positions are nearly alike, take
+    millions of samples to learn that.
+    """
+    lags = [lag << octave for octave in range(window.bit_length()) for lag in (2, 3)]
+    return [min(1, window - 1)] + [lag for lag in lags if lag < window]
+
+
 class Context(nn.Module):
     """Causal convolutions over the codes: a code of the past prod(widths) samples at every sample."""
 
@@ -211,6 +222,10 @@ class SampleTransformer(nn.Module, Generator):
         self.blocks = nn.ModuleList(
             Block(e, config.n_head, config.window, config.n_layer) for _ in range(config.n_layer)
         )
+        if config.positions == "rotary":
+            lags = cycle(start_lags(config.window))
+            for block in self.blocks:
+                block.start_at([next(lags) for _ in range(config.n_head)])
         self.context = Context(config) if config.context_channels else None
         self.fuse = nn.Linear(config.context_code, config.fused) if config.context_channels else None
         self.label = nn.Embedding(config.n_label, e) if config.n_label else None

@@ -7,7 +7,7 @@ SampleTransformer and CodeLM are made of it. Its attention is audiokernels.causa
 values, causal_attention_decode: the same numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ import audiokernels
 
 MLP_RATIO = 4
 ROTARY_BASE = 10000.0
+START = 4.0  # of the biases of q and k that Block.start_at adds
 
 
 class Block(nn.Module):
@@ -61,6 +62,18 @@ class Block(nn.Module):
             attended = audiokernels.causal_attention_decode(q, *cache, window=self.window)
         x = x[:, x.shape[1] - n :] + self.dropout(self.proj(attended.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.down(self.activation(self.up(self.norm2(x)))))
+
+    @torch.no_grad()
+    def start_at(self, lags: Sequence[int]) -> None:
+        """Let head i of a fresh layer look lags[i] steps back, most of all; for rotary positions.
+
+        The biases of q and k alone give a key `lag` steps back a score of START^2 / sqrt(D) for the sum over all angles
+        of cos((lag - lags[i]) * angle), which the weights add to.
+        """
+        cos, sin = angles(torch.tensor(lags), self.qkv.in_features // self.n_head)
+        q, k, _ = self.qkv.bias.unflatten(0, (3, self.n_head, -1))
+        q[:, : cos.shape[1]] += START
+        k += START * torch.cat([cos, sin], 1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
