@@ -204,14 +204,14 @@ struct Warp {
     const int low = max(row, 0) + offset;
     last = row + kWarpRows - 1 + offset;
     first = down(max(0, low - c.window + 1));
-    full_begin = up(max(0, last - c.window + 1)), full_end = down(low + 1);
-    if (full_begin >= full_end) full_begin = full_end = first;
+    full_end = down(low);  // so that every row sees itself on the diagonal
+    full_begin = min(up(max(0, last - c.window + 1)), full_end);
   }
 
-  // ---- rows: part i (0, 1), half h; those before the first one are copies of it
+  // ---- rows: part i (0, 1), half h; those before the first one have its q, see nothing and are not stored
 
   __device__ int row_of(int i, int h) const { return row + 16 * i + 8 * h + lane / 4; }
-  __device__ int position(int i, int h) const { return max(row_of(i, h), 0) + offset; }
+  __device__ int position(int i, int h) const { return row_of(i, h) + offset; }
   __device__ bool sees(int position, int key) const { return key <= position && key > position - c.window; }
 
   __device__ uint32_t load_query(const Block& block, int row, int number) const {
@@ -289,7 +289,7 @@ struct Warp {
     return address(stage + kTileBytes, start, lane / 8 % 2 * 8 + lane % 8, lane / 16);
   }
 
-  // The diagonal is in the first tile, and without steps that all rows see whole, all is.
+  // It is in the first tile.
   __device__ void diagonal(uint32_t stage, int start) {
     const uint32_t keys = keys_of(stage, start), values = values_of(stage, start);
 #pragma unroll 1

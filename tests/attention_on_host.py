@@ -1,4 +1,4 @@
-"""causal_attention by its CUDA C++ kernel for small heads, run on the host."""
+"""causal_attention by its CUDA C++ kernel for small heads, run on the host or on a GPU."""
 
 import torch
 from cuda_on_host import CSRC, build
@@ -44,6 +44,15 @@ def on_host(q, k, v, *, scale=None, window=None, seed=0, edit=None):
     scale = headdim**-0.5 if scale is None else scale
     build(text + SOURCE).call("attend", torch.tensor(sizes + strides), pointers, float(scale * LOG2_E), seed=seed)
     return out, lse
+
+
+def on_gpu(q, k, v, *, scale=None, window=None, seed=0):
+    """The same on a GPU."""
+    q, k, v = (x.cuda() for x in (q, k, v))
+    out, lse = output_like(q).fill_(torch.nan), lse_like(q).fill_(torch.nan)
+    scale = (q.shape[3] ** -0.5 if scale is None else scale) * LOG2_E
+    torch.ops.audiokernels._causal_attention_sm90(q, k, v, out, lse, scale, min(window or k.shape[2], k.shape[2]))
+    return out.cpu(), lse.cpu()
 
 
 def exponentials(s, scale, m):

@@ -1,11 +1,15 @@
-"""causal_attention's CUDA C++ kernel for small heads without a GPU: run on the host, and when a call takes it."""
+"""causal_attention's CUDA C++ kernel for small heads, run on the host and on a GPU where there is one, and when a call
+takes it."""
 
+import os
+import subprocess
+import sys
 from itertools import product
 
 import pytest
 import torch
-from attention_cases import Errors, dense, expanded, make, mask, plain
-from attention_on_host import LOG2_E, exponentials, on_host
+from attention_cases import SM90_COMPILED, Errors, dense, expanded, make, mask, plain
+from attention_on_host import LOG2_E, exponentials, on_gpu, on_host
 from cuda_on_host import COMPILER, LaunchError
 
 from audiokernels import causal_attention_plan as plans
@@ -14,7 +18,6 @@ from audiokernels.causal_attention_plan import SM90, Device, causal_attention_pl
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
     pytest.mark.timeout(600),
 ]
 SIZES = [  # (batch, nheads, nheads_kv, seqlen_q, seqlen_k, headdim), window
@@ -27,12 +30,24 @@ SIZES = [  # (batch, nheads, nheads_kv, seqlen_q, seqlen_k, headdim), window
     ((1, 1, 1, 261, 320, 16), 190),
     ((1, 1, 1, 130, 1500, 16), None),  # six tiles: twice round the stages
     ((1, 1, 1, 5, 1111, 16), 900),
+    ((1, 1, 1, 79, 79, 16), None),
 ]
 BFLOAT16 = torch.bfloat16
 
 
 def inputs(size, scale=1.0, seed=0):
     return make(size, BFLOAT16, scale=scale, seed=seed)
+
+
+on_any_host = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+on_a_gpu = pytest.mark.skipif(
+    not SM90_COMPILED, reason="no GPU of sm_90 or later, or the kernel is not compiled for it"
+)
+
+
+@pytest.fixture(params=[pytest.param("host", marks=on_any_host), pytest.param("gpu", marks=on_a_gpu)])
+def attend(request):
+    return on_host if request.param == "host" else on_gpu
 
 
 def same(results, expected):
@@ -42,14 +57,14 @@ def same(results, expected):
 # ---- values
 
 
-def check_values(sizes, scaled, **options):
+def check_values(attend, sizes, scaled, **options):
     """As tests/test_causal_attention.py checks every kernel."""
     errors, lse_errors = Errors(BFLOAT16, 64 * scaled**2), Errors(torch.float32, 64 * scaled**2)
     lse_errors.ulp += torch.finfo(BFLOAT16).eps / 4  # the exponentials may be rounded
     for seed, (size, window) in enumerate(sizes):
         q, k, v = inputs(size, scaled, seed)
         right, right_lse = dense(q.double(), k.double(), v.double(), window=window)
-        out, lse = on_host(q, k, v, window=window, seed=seed, **options)
+        out, lse = attend(q, k, v, window=window, seed=seed, **options)
         errors.add(out, plain(q, k, v, window=window), right)
         lse_errors.add(lse, dense(q.float(), k.float(), v.float(), window=window)[1], right_lse)
     errors.check()
@@ -57,20 +72,20 @@ def check_values(sizes, scaled, **options):
 
 
 @pytest.mark.parametrize("scaled", [1, 3, 30])
-def test_values(scaled):
-    check_values(SIZES, scaled)
+def test_values(attend, scaled):
+    check_values(attend, SIZES, scaled)
 
 
-def test_error_of_the_whole_is_that_of_torch():
+def test_error_of_the_whole_is_that_of_torch(attend):
     """The scale is not rounded to bfloat16, nor are sums."""
     q, k, v = inputs((1, 1, 1, 256, 1024, 16), seed=3)
     right = dense(q.double(), k.double(), v.double())[0]
-    ours, torchs = ((x.double() - right).norm() / right.norm() for x in (on_host(q, k, v)[0], plain(q, k, v)))
+    ours, torchs = ((x.double() - right).norm() / right.norm() for x in (attend(q, k, v)[0], plain(q, k, v)))
     assert ours < 1.2 * torchs and ours < 2.5e-3
 
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 8))])
-def test_lengths_and_windows(seed):
+def test_lengths_and_windows(attend, seed):
     g = torch.Generator().manual_seed(seed)
 
     def draw(low, high):
@@ -82,12 +97,13 @@ def test_lengths_and_windows(seed):
         window = None if draw(0, 3) == 0 else draw(1, seqlen_k + 5)
         scale = None if draw(0, 1) else draw(-20, 20) / 20
         q, k, v = inputs(size, seed=draw(0, 999))
-        out, lse = on_host(q, k, v, scale=scale, window=window, seed=draw(0, 99))
+        out, lse = attend(q, k, v, scale=scale, window=window, seed=draw(0, 99))
         right, right_lse = dense(q.double(), k.double(), v.double(), scale, window)
         assert (out.double() - right).abs().max() <= 0.012 * v.abs().max(), (size, window, scale)
         assert (lse.double() - right_lse).abs().max() <= 0.005, (size, window, scale)
 
 
+@on_any_host
 def test_polynomial():
     s, scale, m = torch.linspace(-480, 440, 100_000), 0.25 * LOG2_E, 37.0
     got, want = exponentials(s, scale, m), torch.exp2(s.double() * scale - m)
@@ -105,16 +121,16 @@ def test_polynomial():
     assert ((tiny == 0) | ~(tiny < 2.0**126)).all(), "nothing, or done again"
 
 
-def test_any_order_gives_the_same_bits():
+def test_any_order_gives_the_same_bits(attend):
     q, k, v = inputs((1, 2, 1, 140, 900, 16))
-    first = on_host(q, k, v, window=800)
-    assert all(same(on_host(q, k, v, window=800, seed=seed), first) for seed in range(1, 7))
+    first = attend(q, k, v, window=800)
+    assert all(same(attend(q, k, v, window=800, seed=seed), first) for seed in range(1, 7))
 
 
-def test_grouped_heads_and_strides():
+def test_grouped_heads_and_strides(attend):
     q, k, v = inputs((2, 4, 2, 70, 90, 16))
-    expected = on_host(q, k, v, window=50)
-    assert same(on_host(*expanded(q, k, v), window=50), expected)
+    expected = attend(q, k, v, window=50)
+    assert same(attend(*expanded(q, k, v), window=50), expected)
     for ways in ("heads inside", "fused", "query spread"):
         if ways == "heads inside":
             others = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
@@ -125,7 +141,7 @@ def test_grouped_heads_and_strides():
         else:
             others = [torch.stack([q, q + 1], -1)[..., 0], k, v]
         assert unmapped(*others[1:]) == "" and not all(x.is_contiguous() for x in others)
-        assert same(on_host(*others, window=50), expected), ways
+        assert same(attend(*others, window=50), expected), ways
 
 
 # ---- what is out of range, and who sees what
@@ -140,9 +156,9 @@ def rising(factor, n=256):
 
 
 @pytest.mark.parametrize("factor", [15, 60, 200, 3e4])
-def test_a_fixed_maximum_that_is_too_small(factor):
+def test_a_fixed_maximum_that_is_too_small(attend, factor):
     q, k, v = rising(factor)
-    out, lse = on_host(q, k, v)
+    out, lse = attend(q, k, v)
     right, right_lse = dense(q.double(), k.double(), v.double())
     peer = plain(q, k, v).double()
     assert out.isfinite().all()
@@ -150,6 +166,7 @@ def test_a_fixed_maximum_that_is_too_small(factor):
     assert ((lse - right_lse).abs() <= 0.005 + 2e-6 * right_lse.abs()).all()
 
 
+@on_any_host
 @pytest.mark.slow
 def test_what_is_done_again():
     """Without the second pass: rows out of range are wrong, and below that nothing changes."""
@@ -159,22 +176,26 @@ def test_what_is_done_again():
     assert same(on_host(*rising(15), edit=edit), on_host(*rising(15)))
 
 
-def test_values_that_are_too_large_for_the_weights():
+def check_large_values(attend, **options):
     """Sums in range, weights times values are not: only those numbers are done again."""
     q, k, v = rising(19)
     v[..., 5] = 3e38 * v[..., 5].sign()
-    out, lse = on_host(q, k, v)
+    out, lse = attend(q, k, v, **options)
     right = dense(q.double(), k.double(), v.double())[0]
     assert out.isfinite().all() and (out.double() - right).abs().amax((0, 1, 2))[5] < 0.01 * 3e38
     v[..., 5] = 0
     others = [i for i in range(16) if i != 5]
-    assert same((out[..., others], lse), (on_host(q, k, v)[0][..., others], lse))
+    assert same((out[..., others], lse), (attend(q, k, v, **options)[0][..., others], lse))
 
 
-def check_causality(times, **options):
+def test_values_that_are_too_large_for_the_weights(attend):
+    check_large_values(attend)
+
+
+def check_causality(attend, times, **options):
     for (size, window), factor in product((((1, 2, 1, 200, 230, 16), None), ((1, 1, 1, 200, 230, 8), 50)), (1, 1000)):
         q, k, v = inputs(size)
-        out, lse = on_host(q, k, v, window=window, **options)
+        out, lse = attend(q, k, v, window=window, **options)
         for t in times:
             other = [x.clone() for x in (q, k, v)]
             for i, x in enumerate(other):
@@ -182,28 +203,28 @@ def check_causality(times, **options):
                 future.copy_(factor * torch.randn(future.shape, generator=torch.Generator().manual_seed(i)))
                 if factor > 1 and t % 2:
                     future[:, :, ::3] = (torch.nan, torch.inf, -torch.inf)[i]
-            changed, changed_lse = on_host(*other, window=window, seed=t, **options)
+            changed, changed_lse = attend(*other, window=window, seed=t, **options)
             assert torch.equal(changed[:, :, :t], out[:, :, :t])
             assert torch.equal(changed_lse[:, :, :t], lse[:, :, :t])
             assert not torch.equal(changed[:, :, t:], out[:, :, t:])
 
 
-def test_the_future_changes_no_bit():
-    check_causality((1, 13, 64, 99, 128, 199))
+def test_the_future_changes_no_bit(attend):
+    check_causality(attend, (1, 13, 64, 99, 128, 199))
 
 
-def check_not_finite(places, **options):
+def check_not_finite(attend, places, **options):
     """Only those who see it, and of values only their number; to the bit."""
     clean = inputs((2, 4, 2, 180, 200, 16))
     for window, where in places:
-        before = on_host(*clean, window=window, **options)
+        before = attend(*clean, window=window, **options)
         seeing = mask(180, 200, window)[:, where]
         for which, bad in product(range(3), (torch.nan, torch.inf, -torch.inf)):
             tensors, row = [x.clone() for x in clean], where - 20 if which == 0 else where
             if row < 0:
                 continue
             tensors[which][1, 1, row, 3] = bad
-            out, lse = on_host(*tensors, window=window, seed=where, **options)
+            out, lse = attend(*tensors, window=window, seed=where, **options)
             reached = torch.zeros(2, 4, 180, dtype=torch.bool)
             if which == 0:
                 reached[1, 1, row] = True
@@ -227,19 +248,19 @@ def check_not_finite(places, **options):
                     assert out[reached].isnan().all() and lse[reached].isnan().all()
 
 
-def test_what_is_not_finite_stays_where_causality_allows():
-    check_not_finite([(None, 77), (30, 128), (90, 0)])
+def test_what_is_not_finite_stays_where_causality_allows(attend):
+    check_not_finite(attend, [(None, 77), (30, 128), (90, 0)])
 
 
 @pytest.mark.slow
-def test_what_is_not_finite_anywhere():
-    check_not_finite([(window, where) for window in (None, 100) for where in range(0, 200, 7)])
+def test_what_is_not_finite_anywhere(attend):
+    check_not_finite(attend, [(window, where) for window in (None, 100) for where in range(0, 200, 7)])
 
 
-def test_scores_of_minus_infinity_on_the_whole_diagonal():
+def test_scores_of_minus_infinity_on_the_whole_diagonal(attend):
     q, k, v = inputs((1, 1, 1, 192, 192, 16))
     q, k[:, :, 128:] = q.abs() + 0.1, -torch.inf
-    out, lse = on_host(q, k, v)
+    out, lse = attend(q, k, v)
     right, right_lse = dense(q.double(), k.double(), v.double())
     assert (out.double() - right).abs().max() < 0.02 and (lse - right_lse).abs().max() < 0.005
 
@@ -265,11 +286,9 @@ FAULTS = {
     "the window's first": ("key > position - c.window", "key >= position - c.window"),
     "the window's second": ("key > position - c.window", "key > position - c.window + 1"),
     "the key of a mask": ("key + j / 4 * 8 + lane % 4 * 2 + j % 2", "key + j / 4 * 8 + lane % 4 * 2"),
-    "where the diagonal begins": ("full_end = down(low + 1)", "full_end = up(low + 1)"),
-    "where the edge ends": ("full_begin = up(max(0, last", "full_begin = down(max(0, last"),
+    "where the diagonal begins": ("full_end = down(low)", "full_end = up(low + 1)"),
+    "where the edge ends": ("full_begin = min(up(max(0, last", "full_begin = min(down(max(0, last"),
     "where the edge begins": ("first = down(max(0, low - c.window + 1))", "first = up(max(0, low - c.window + 1))"),
-    "no full steps": ("full_begin = full_end = first;", "full_begin = full_end;"),
-    "rows before the first": ("max(row_of(i, h), 0) + offset", "row_of(i, h) + offset"),
     "an exponent": ("127 - 0x4b400000, 254);  // exponent", "126 - 0x4b400000, 254);  // exponent"),
     "half an exponent": ("uint32_t(e1) * 0x800000u", "uint32_t(e0) * 0x800000u"),
     "rescaling": ("out[0][i] *= factor, out[1][i] *= factor, sum[i] *= factor;", "sum[i] *= factor;"),
@@ -290,6 +309,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@on_any_host
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("fault", FAULTS)
@@ -297,12 +317,13 @@ def test_a_planted_fault_is_seen(fault):
     edit = FAULTS[fault]
     with pytest.raises((AssertionError, LaunchError)):
         for scaled in (1, 30):
-            check_values(SIZES, scaled, edit=edit)
+            check_values(on_host, SIZES, scaled, edit=edit)
         out, _ = on_host(*rising(200), edit=edit)
         right = dense(*(x.double() for x in rising(200)))[0]
         assert (out.double() - right).abs().max() < 0.02
-        check_not_finite([(None, 77), (None, 199), (30, 128)], edit=edit)
-        check_causality((13, 99), edit=edit)
+        check_large_values(on_host, edit=edit)
+        check_not_finite(on_host, [(None, 77), (None, 199), (30, 128)], edit=edit)
+        check_causality(on_host, (13, 99), edit=edit)
         for scale in (-0.3, 0.0):
             q, k, v = inputs((1, 4, 2, 70, 90, 16))
             right = dense(q.double(), k.double(), v.double(), scale)[0]
@@ -347,6 +368,7 @@ def test_code_for_a_gpu():
     assert not runs_on(9, ("sm_80", "compute_80", "sm_100")) and not runs_on(8, ("sm_80",)) and not runs_on(9, ())
 
 
+@on_any_host
 def test_tensors_that_tensor_maps_do_not_take():
     q, k, v = inputs((2, 4, 2, 70, 90, 16))
     odd = torch.zeros(2, 2, 90, 20, dtype=BFLOAT16)[..., :16]
@@ -358,6 +380,7 @@ def test_tensors_that_tensor_maps_do_not_take():
             on_host(q, wrong, v)
 
 
+@on_any_host
 def test_the_op_takes_it_where_it_is_asked_for(monkeypatch):
     """The launcher of GPUs with the kernel of the host behind the private op."""
     triton = pytest.importorskip("audiokernels.causal_attention_triton")
@@ -381,5 +404,9 @@ def test_the_op_takes_it_where_it_is_asked_for(monkeypatch):
         library._destroy()
 
 
-def test_nobody_is_given_it_unasked():
-    assert not plans.ASKED and not plans.device_facts(torch.device("cpu")).asked
+def test_who_asks():
+    code = "from audiokernels.causal_attention_plan import *; print(device_facts(torch.device('cpu')).asked)"
+    environment = os.environ | {"AUDIOKERNELS_ATTENTION_CUDA": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "True"
+    assert plans.device_facts(torch.device("cpu")).asked == (os.environ.get("AUDIOKERNELS_ATTENTION_CUDA") == "1")
