@@ -21,7 +21,7 @@ def kernels(op):
     """What can serve `op` here: the reference, the compiled kernel in each instruction set, the GPU's kernel, and
     "cuda_sm90", the GPU's with CUDA C++ asked for."""
     compiled = [name for name in instruction_sets(op) if name not in UNCOMPILED]
-    asked = ["cuda_sm90"] if SM90_COMPILED and op == "causal_attention" else []
+    asked = ["cuda_sm90"] if SM90_COMPILED and op == "causal_attention" and not plans.ASKED else []
     return ["reference", *compiled, *(["cuda", *asked] if torch.cuda.is_available() else [])]
 
 

@@ -346,6 +346,20 @@ def test_on_gpu_fails_where_a_stage_fails_and_goes_on(gpu_machine, environment, 
 
 
 @needs_bash
+def test_on_gpu_asks_for_the_other_kernel_too(gpu_machine):
+    with (gpu_machine.root / "tests/test_x.py").open("a") as file:
+        file.write("# AUDIOKERNELS_X_CUDA=1\n")
+    result, calls = gpu_machine("--stages", "tests")
+    assert result.returncode == 0 and "x: GPU tests, AUDIOKERNELS_X_CUDA=1" in result.stdout
+    tests = [line for line in calls if line.startswith("python -m pytest")]
+    assert (
+        len(tests) == 3
+        and "-k _gpu or graph" in tests[1]
+        and tests[1].split(" or graph")[1] == tests[0].split("gpu")[1]
+    )
+
+
+@needs_bash
 def test_on_gpu_options(gpu_machine):
     result, calls = gpu_machine("--only", "decode", "--no-build", "--quick")
     assert result.returncode == 0 and not [line for line in calls if "pip" in line or "benchmark_x" in line]

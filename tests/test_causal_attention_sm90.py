@@ -173,7 +173,7 @@ def test_what_is_done_again():
     edit = ("if (!__any_sync(kAll, wrong != 0 || cleaned)) return;", "return;")
     broken = on_host(*rising(200), edit=edit)[0]
     assert not broken.isfinite().all()
-    assert same(on_host(*rising(15), edit=edit), on_host(*rising(15)))
+    assert same(on_host(*rising(10), edit=edit), on_host(*rising(10)))
 
 
 def check_large_values(attend, **options):
