@@ -13,7 +13,7 @@ from attention_on_host import LOG2_E, exponentials, on_gpu, on_host
 from cuda_on_host import COMPILER, LaunchError
 
 from audiokernels import causal_attention_plan as plans
-from audiokernels.causal_attention import causal_attention_ref
+from audiokernels.causal_attention import causal_attention_backward_ref, causal_attention_ref
 from audiokernels.causal_attention_plan import SM90, Device, causal_attention_plan, runs_on, unmapped
 
 pytestmark = [
@@ -74,6 +74,25 @@ def check_values(attend, sizes, scaled, **options):
 @pytest.mark.parametrize("scaled", [1, 3, 30])
 def test_values(attend, scaled):
     check_values(attend, SIZES, scaled)
+
+
+@pytest.mark.parametrize("scaled", [1, 3, 30])
+def test_gradients_from_its_results(attend, scaled):
+    """The backward pass takes out and lse from it."""
+    errors = [Errors(BFLOAT16) for _ in range(3)]
+    for seed, (size, window) in enumerate(SIZES[1:5]):
+        tensors = [x.requires_grad_() for x in inputs(size, scaled, seed)]
+        exact = [x.detach().double().requires_grad_() for x in tensors]
+        grad = torch.randn(exact[0].shape, generator=torch.Generator().manual_seed(seed)).to(BFLOAT16)
+        right = torch.autograd.grad(dense(*exact, window=window)[0], exact, grad.double())
+        peers = torch.autograd.grad(plain(*tensors, window=window), tensors, grad)
+        q, k, v = (x.detach() for x in tensors)
+        out, lse = attend(q, k, v, window=window)
+        results = causal_attention_backward_ref(grad, None, q, k, v, out, lse, window=window)
+        for error, *each in zip(errors, results, peers, right, strict=True):
+            error.add(*each, at_least=scaled)
+    for error in errors:
+        error.check()
 
 
 def test_error_of_the_whole_is_that_of_torch(attend):
