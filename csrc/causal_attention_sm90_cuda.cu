@@ -28,12 +28,13 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * (kWarps + 1), kBlocks = 4;  // blocks: of a multiprocessor
 constexpr int kWarpRows = 32, kRows = kWarps * kWarpRows, kKeys = 256, kStages = 3;
-constexpr int kHeaddim = 16, kRowBytes = 2 * kHeaddim, kTileBytes = kKeys * kRowBytes, kStageBytes = 2 * kTileBytes;
+constexpr int kHeaddim = 16, kTileBytes = kKeys * kHeaddim * 2, kStageBytes = 2 * kTileBytes;
 constexpr int kSharedBytes = kStages * kStageBytes + 2 * kStages * 8;  // the stages, then their barriers
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 constexpr int kStep = 16;                                    // keys
+constexpr uint32_t kRowBytes = 2 * kHeaddim;                 // unsigned: addresses wrap
 constexpr uint32_t kAll = 0xffffffffu, kOnes = 0x3f803f80u;  // lanes; two ones
 constexpr float kInfinity = __builtin_inff(), kNan = __builtin_nanf("");
 
@@ -82,7 +83,7 @@ __device__ inline void load_tiles(const Block& block, const CUtensorMap* keys, c
 }
 
 // 2^(s scale - m) for both s, in bfloat16 by range reduction in float32 and a cubic in bfloat16; `shift` is kMagic - m.
-// NaN where s is not finite, at least 2^127 where 2^(s scale - m) is.
+// NaN where s is not finite, at least 2^126 where it would be 2^127.
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: a float32 near it is its integer part
 __device__ inline uint32_t exp2_polynomial(float s0, float s1, float scale, float shift) {
   const float r0 = fmaf(s0, scale, shift), r1 = fmaf(s1, scale, shift);
@@ -317,8 +318,8 @@ struct Warp {
 
   // ---- results
 
-  __device__ void store(const Block& block, int i, int h, uint32_t numbers,
-                        const Sums (&out)[2]) const {  // those of the bits `numbers`
+  // Of the lane's numbers of a row those of the bits `numbers`.
+  __device__ void store(const Block& block, int i, int h, uint32_t numbers, const Sums (&out)[2]) const {
     uint16_t* to = c.out + block.batch * c.o_stride[0] + block.head * c.o_stride[1] + row_of(i, h) * c.o_stride[2];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
