@@ -488,7 +488,7 @@ cudaError_t tensor_map(CUtensorMap* map, const AttentionCall& c, const uint16_t*
   cudaDriverEntryPointQueryResult result;
   const cudaError_t error =
       cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess || found == nullptr) return error == cudaSuccess ? cudaErrorInvalidValue : error;
   const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
   const cuuint64_t sizes[] = {cuuint64_t(c.headdim), cuuint64_t(c.seqlen_k), cuuint64_t(c.nheads / c.group),
                               cuuint64_t(c.batch)};
