@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from audiokernels import backends, philox_uniform, wavenet_generate, wavenet_pack, wavenet_state
+from audiokernels import backends, causal_attention_plan, philox_uniform, wavenet_generate, wavenet_pack, wavenet_state
 from audiokernels._library import C
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 NAMES = sorted(path.stem.removeprefix("benchmark_") for path in BENCHMARKS.glob("benchmark_*.py"))
 sys.path.insert(0, str(BENCHMARKS))
+import benchmark_causal_attention  # noqa: E402
 import common  # noqa: E402
 import wavenet_peers  # noqa: E402
 from benchmark_wavenet_generate import DILATIONS, standard_weights  # noqa: E402
@@ -230,6 +231,27 @@ def test_peers_import_with_torch_and_numpy_alone():
     result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "not timed, because not importable: audiomodels.wavenet" in result.stdout
+
+
+def test_cuda_is_a_side_where_triton_serves_unasked(monkeypatch):
+    """On a GPU that takes CUDA C++ if it is asked for: asked for within its own calls alone."""
+    room, asked = benchmark_causal_attention, []
+    monkeypatch.setattr(causal_attention_plan, "ASKED", False)
+
+    def explain(*arguments, **options):
+        kernel = causal_attention_plan.SM90 if causal_attention_plan.ASKED and compiled else "Triton"
+        return argparse.Namespace(kernel=kernel)
+
+    monkeypatch.setattr(room, "explain", explain)
+    monkeypatch.setattr(room, "causal_attention", lambda *inputs, window: asked.append(causal_attention_plan.ASKED))
+    case, compiled = room.Case(16, 100, 1, 1), True
+    ((name, attend),) = room.by_cuda(case, []).items()
+    attend(None, None, None)
+    assert name == room.CUDA and asked == [True] and not causal_attention_plan.ASKED
+    compiled = False
+    assert room.by_cuda(case, []) == {}
+    compiled, causal_attention_plan.ASKED = True, True
+    assert room.by_cuda(case, []) == {}
 
 
 # ---- on_gpu.sh
