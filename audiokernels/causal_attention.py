@@ -20,10 +20,19 @@ from torch import Tensor
 from audiokernels._checks import check_dense, check_device, check_floating
 from audiokernels._library import C, lib, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
-from audiokernels.causal_attention_plan import causal_attention_backward_plan, causal_attention_plan, device_facts
+from audiokernels.causal_attention_plan import (
+    causal_attention_backward_plan,
+    causal_attention_plan,
+    device_facts,
+    unmapped,
+)
 
 lib.define(
     "causal_attention(Tensor q, Tensor k, Tensor v, *, float? scale=None, SymInt? window=None) -> (Tensor, Tensor)"
+)
+lib.define(  # the kernel for small heads in CUDA C++; scale: of logits in log2 units
+    "_causal_attention_sm90(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) lse, float scale, SymInt window)"
+    " -> ()"
 )
 lib.define(
     "causal_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse"
@@ -482,7 +491,7 @@ def _describe(q, k, v, *, scale=None, window=None, return_lse=False) -> Explanat
     check_attention(q, k, v, scale=scale, window=window)
     moved = sum(x.numel() * x.element_size() for x in (q, q, k, v, lse_like(q.to("meta"))))
     flops = 4 * q.shape[3] * q.shape[0] * q.shape[1] * visible_pairs(q.shape[2], k.shape[2], window)
-    return Explanation(*_plan("causal_attention", q, k, window), flops, moved)
+    return Explanation(*_plan(q, k, v, window), flops, moved)
 
 
 def _describe_backward(grad_out, grad_lse, q, k, v, out, lse, **options) -> Explanation:
@@ -490,18 +499,27 @@ def _describe_backward(grad_out, grad_lse, q, k, v, out, lse, **options) -> Expl
     window = options.get("window")
     moved = sum(x.numel() * x.element_size() for x in (q, q, q, q, k, k, v, v, lse))
     flops = 10 * q.shape[3] * q.shape[0] * q.shape[1] * visible_pairs(q.shape[2], k.shape[2], window)
-    return Explanation(*_plan("causal_attention_backward", q, k, window), flops, moved)
+    return Explanation(*_plan_backward(q, k, window), flops, moved)
 
 
-def _plan(op: str, q: Tensor, k: Tensor, window: int | None) -> tuple[str, str]:
+def _plan(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[str, str]:
     """(kernel, why) of a call."""
+    known = _without_gpu("causal_attention", q)
+    return known or causal_attention_plan(q.shape, k.shape, q.dtype, window, device_facts(q.device), unmapped(k, v))[:2]
+
+
+def _plan_backward(q: Tensor, k: Tensor, window: int | None) -> tuple[str, str]:
+    """The same of a call of its backward."""
+    known = _without_gpu("causal_attention_backward", q)
+    return known or causal_attention_backward_plan(q.shape, k.shape, q.dtype, window, device_facts(q.device))[:2]
+
+
+def _without_gpu(op: str, q: Tensor) -> tuple[str, str] | None:
+    """The same where no kernel for GPUs serves the op."""
     kernel = implementation(op, q.device.type)
     if kernel.startswith(REFERENCE):
         return REFERENCE, kernel.removeprefix(f"{REFERENCE}: ")
-    if kernel == "Triton":
-        plan = causal_attention_backward_plan if op.endswith("backward") else causal_attention_plan
-        return plan(q.shape, k.shape, q.dtype, window, device_facts(q.device))[:2]
-    return cpu_kernel(q.dtype, pairs=True)
+    return None if kernel == "Triton" else cpu_kernel(q.dtype, pairs=True)
 
 
 def cpu_kernel(dtype: torch.dtype, pairs: bool = False) -> tuple[str, str]:
@@ -522,6 +540,7 @@ triton_launcher("causal_attention", "causal_attention_triton", check_attention)
 triton_launcher("causal_attention_backward", "causal_attention_backward_triton", check_backward)
 torch.library.register_fake("audiokernels::causal_attention", _fake, lib=lib)
 torch.library.register_fake("audiokernels::causal_attention_backward", _fake_backward, lib=lib)
+torch.library.register_fake("audiokernels::_causal_attention_sm90", lambda *call: None, lib=lib)
 torch.library.register_autograd("audiokernels::causal_attention", _backward, setup_context=_setup, lib=lib)
 torch.library.register_autograd(
     "audiokernels::causal_attention_backward", _backward_backward, setup_context=_setup_backward, lib=lib

@@ -3,14 +3,26 @@
 Nothing is tuned at call time. The TFLOP/s in the table are those that prototypes of these kernels reached on an H100
 (bfloat16, 16384 positions unless told otherwise; float32: 4096); the kernels themselves are compiled, not yet run on
 a GPU. Rows without a figure are chosen by their registers and shared memory.
+
+For headdim 8 and 16 in bfloat16 there is a kernel in CUDA C++ too, forward, from sm_90 on: its prototype reached 242
+TFLOP/s, 189 at 1600 positions and 195 in a window of 1024, with a scale that was rounded to bfloat16. Until somebody
+has measured this one, Triton serves those calls, and AUDIOKERNELS_ATTENTION_CUDA=1 asks for it.
 """
 
+import os
+import re
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from audiokernels._library import C
 from audiokernels.backends import REFERENCE
+
+ASKED = os.environ.get("AUDIOKERNELS_ATTENTION_CUDA") == "1"
+"""Whether CUDA C++ is asked for: read once, when audiokernels is imported."""
+SM90 = "CUDA C++"
 
 SHORT = 2048
 """Up to so many visible keys a block's masked tiles weigh as much as its whole ones: smaller blocks pay."""
@@ -23,6 +35,8 @@ class Device(NamedTuple):
     shared_memory: int = 232448  # bytes that one block may have
     capability: int = 9  # the major number: 9 and 10 multiply asynchronously, out of shared memory
     precision: str = "bf16x6"
+    asked: bool = False  # for CUDA C++
+    compiled: bool = False  # it, for this GPU
 
 
 class Tile(NamedTuple):
@@ -134,12 +148,20 @@ BACKWARD_DKDV = {
 
 
 def causal_attention_plan(
-    q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: torch.dtype, window: int | None, device: Device
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    window: int | None,
+    device: Device,
+    unmapped: str = "",
 ) -> Plan:
-    """How causal_attention serves a call on a CUDA device."""
+    """How causal_attention serves a call on a CUDA device. unmapped: see `unmapped`."""
     headdim, keys, refused = _common(q_shape, k_shape, dtype, window, device)
     if refused:
         return Plan(REFERENCE, refused)
+    taken, remark = _cuda(q_shape, k_shape, dtype, device, unmapped)
+    if taken:
+        return Plan(SM90, remark, headdim=headdim, window=keys, optimistic=True)
     short = keys <= SHORT and (headdim, dtype.itemsize) in FORWARD_SHORT
     tile = fitting((FORWARD_SHORT if short else FORWARD)[headdim, dtype.itemsize], device)
     if tile is None:
@@ -147,7 +169,7 @@ def causal_attention_plan(
     optimistic = dtype == torch.bfloat16
     tile = tile if optimistic else with_running_maximum(tile)
     why = _why(tile, "fixed reference maximum, checked" if optimistic else "running maximum", dtype, device)
-    return Plan("Triton", why, tile, headdim, keys, optimistic, device.precision)
+    return Plan("Triton", why + remark, tile, headdim, keys, optimistic, device.precision)
 
 
 def causal_attention_backward_plan(
@@ -183,6 +205,19 @@ def causal_attention_decode_plan(
     return DecodePlan("Triton", why, block_rows, block_keys, 4, 2, splits, headdim, window, device.precision)
 
 
+def unmapped(k: Tensor, v: Tensor) -> str:
+    """Why tensor maps of the GPU do not take k and v as they lie in memory, or "".
+
+    What they do not take goes to Triton: a copy would cost a launch and twice the bytes of k and v, and a model whose
+    projections give rows of 16 bytes side by side does not come here.
+    """
+    for name, x in (("k", k), ("v", v)):
+        strides = [stride for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+        if x.stride(3) != 1 or x.data_ptr() % 16 or any(n % 8 or not 0 < n < 1 << 39 for n in strides):
+            return f"{name} has rows that are not dense, or not at multiples of 16 bytes, or more than once in memory"
+    return ""
+
+
 def fitting(tiles: list[Tile], device: Device) -> Tile | None:
     """The first of them that the device takes."""
     usable = (tile for tile in tiles if tile.shared <= device.shared_memory)
@@ -203,13 +238,22 @@ def device_facts(device: torch.device) -> Device:
     """The Device of a torch.device; an H100 where there is no GPU to ask."""
     asked = torch.backends.cuda.matmul.fp32_precision == "tf32"
     precision = "bf16x3" if asked else "bf16x6"  # tf32 itself truncates: 200 times the error of bf16x3
-    return Device(*_of_gpu(device), precision) if device.type == "cuda" else Device(precision=precision)
+    return (_of_gpu(device) if device.type == "cuda" else Device())._replace(precision=precision, asked=ASKED)
 
 
 @lru_cache
-def _of_gpu(device: torch.device) -> tuple[int, int, int]:
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major
+def _of_gpu(device: torch.device) -> Device:
+    facts = torch.cuda.get_device_properties(device)
+    compiled = runs_on(facts.major, C.cuda_archs if C else ())
+    return Device(facts.multi_processor_count, facts.shared_memory_per_block_optin, facts.major, compiled=compiled)
+
+
+def runs_on(major: int, archs: tuple[str, ...]) -> bool:
+    """Whether code for sm_90 and later among what was compiled for `archs` runs on a GPU of that major number."""
+    for kind, number in (re.match(r"(sm|compute)_(\d+)", arch).groups() for arch in archs):
+        if int(number) // 10 == major >= 9 or kind == "compute" and 9 <= int(number) // 10 <= major:
+            return True
+    return False
 
 
 def _common(q_shape, k_shape, dtype, window, device) -> tuple[int, int, str]:
@@ -224,6 +268,21 @@ def _refused(dtype: torch.dtype, device: Device) -> str:
     if device.capability < 8:  # no products of bfloat16, which float32 is split into; Triton asks for sm_80
         return f"sm_{device.capability}x is older than sm_80"
     return "float64 runs on the reference" if dtype == torch.float64 else ""
+
+
+def _cuda(q_shape, k_shape, dtype, device, unmapped) -> tuple[bool, str]:
+    """(whether CUDA C++ takes a call, how or, as an addition to another kernel's why, why not)."""
+    (batch, _, seqlen_q, headdim), seqlen_k = q_shape, k_shape[2]
+    if headdim not in (8, 16) or dtype != torch.bfloat16 or device.capability < 9:
+        return False, ""
+    if batch > 65535 or seqlen_q > 1 << 22 or seqlen_k > 1 << 30:
+        unmapped = "the call is too large for its grid"
+    if not device.asked:
+        return False, "; AUDIOKERNELS_ATTENTION_CUDA=1 would ask for CUDA C++" if device.compiled else ""
+    if not device.compiled or unmapped:
+        return False, f"; CUDA C++ is asked for, but {unmapped or 'not compiled for this GPU'}"
+    parts = ["AUDIOKERNELS_ATTENTION_CUDA asks for it", "128 x 256 blocks", "4 warps and one that loads"]
+    return True, ", ".join([*parts, "fixed reference maximum, checked", "a quarter of the exponentials by polynomial"])
 
 
 def _why(tile: Tile, scheme: str, dtype: torch.dtype, device: Device) -> str:

@@ -17,13 +17,22 @@ whole, and it is added to the output afterwards.
 Compiled for sm_80 to sm_120 and run through Triton's interpreter; not yet run on a GPU.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from audiokernels._triton import Launch
 from audiokernels.causal_attention import causal_attention_ref, lse_like, output_like
-from audiokernels.causal_attention_plan import REFERENCE, Plan, Tile, causal_attention_plan, device_facts
+from audiokernels.causal_attention_plan import (
+    REFERENCE,
+    SM90,
+    Plan,
+    Tile,
+    causal_attention_plan,
+    device_facts,
+    unmapped,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -365,11 +374,14 @@ def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The op causal_attention on the device of q."""
-    plan = causal_attention_plan(q.shape, k.shape, q.dtype, window, device_facts(q.device))
+    plan = causal_attention_plan(q.shape, k.shape, q.dtype, window, device_facts(q.device), unmapped(k, v))
     if plan.kernel == REFERENCE:
         return causal_attention_ref(q, k, v, scale=scale, window=window)
     out, lse = output_like(q), lse_like(q)
     if out.numel():
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        forward_launch(plan, q, k, v, (out, lse), scale).run(q)
+        if plan.kernel == SM90:
+            torch.ops.audiokernels._causal_attention_sm90(q, k, v, out, lse, scale * LOG2_E, plan.window)
+        else:
+            forward_launch(plan, q, k, v, (out, lse), scale).run(q)
     return out, lse

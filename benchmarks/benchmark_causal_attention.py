@@ -3,7 +3,8 @@
 FLOPs are those of the pairs of a query and a key that it sees, 4 * headdim each, 3.5 times as many with backward; so a
 peer that computes what a mask hides is charged for it. Random data. Sides: causal_attention; torch SDPA by backend
 (flash, cuDNN, efficient, math; with a window a mask, so efficient and math only); on a GPU flex_attention, compiled,
-and FlashAttention-4 where it is importable. On the CPU one core, and SDPA as it chooses by itself. Limit: torch.mm.
+and FlashAttention-4 where it is importable; where Triton serves and CUDA C++ could, the latter as a side of its own, as
+a multiple of Triton. On the CPU one core, and SDPA as it chooses by itself. Limit: torch.mm.
 
 The note of a row gives its error, the largest difference from float64 on 128 queries of one head, as a share of the
 largest value; that of forward + backward is the gradient's of q. All gradients are checked in full at 300 positions.
@@ -11,7 +12,8 @@ largest value; that of forward + backward is the gradient's of q. All gradients 
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +24,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from audiokernels import causal_attention, explain
+from audiokernels import causal_attention, causal_attention_plan, explain
 from audiokernels.causal_attention import visible_pairs
 
 NAME = "causal_attention"
+CUDA = "causal_attention, CUDA C++"  # asked for, where otherwise Triton serves
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 0.004}  # error, as a share of the largest value
 BACKENDS = {
@@ -86,6 +89,7 @@ FA4_OVER_CUDNN = {  # (headdim, positions): forward, forward + backward, as know
     (32, 1600): (1.11, 1.40),
     (64, 1600): (0.94, 1.13),
 }
+CUDA_TARGET = 1.1  # times Triton, forward, where CUDA C++ is to be taken unasked
 CPU_TARGETS = {16: 2.5, 32: 2.0, 64: 1.5}  # {headdim: times SDPA, float32, one core}
 CPU_WINDOW_TARGET = 16  # times the faster of causal and masked SDPA, headdim 16, window 1024 of 16384
 
@@ -151,6 +155,29 @@ def fa4(case: Case) -> Attention:
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
     return attend
+
+
+@contextmanager
+def cuda_asked_for() -> Iterator[None]:
+    """As AUDIOKERNELS_ATTENTION_CUDA=1 does for a process."""
+    before, causal_attention_plan.ASKED = causal_attention_plan.ASKED, True
+    try:
+        yield
+    finally:
+        causal_attention_plan.ASKED = before
+
+
+def by_cuda(case: Case, inputs: list[Tensor]) -> dict[str, Attention]:
+    """The CUDA C++ kernel as a side of its own where it takes the case and would not be taken unasked."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with cuda_asked_for():
+            return causal_attention(q, k, v, window=case.window)
+
+    with cuda_asked_for():
+        taken = explain(causal_attention, *inputs, window=case.window).kernel
+    unasked = explain(causal_attention, *inputs, window=case.window).kernel
+    return {CUDA: attend} if taken == causal_attention_plan.SM90 != unasked else {}
 
 
 def peers(case: Case, device: str) -> dict[str, Attention]:
@@ -222,7 +249,8 @@ def measure(case: Case, arguments: argparse.Namespace) -> list[common.Row]:
     inputs = [x.requires_grad_() for x in inputs]
     rows, out, dq = rows_in_float64(case, *inputs, grad)
     check_gradients(case, device)
-    sides = {NAME: partial(causal_attention, window=case.window), **peers(case, device)}
+    ours = {NAME: partial(causal_attention, window=case.window), **by_cuda(case, inputs)}
+    sides = ours | peers(case, device)
     calls: dict[str, dict[str, Callable]] = {FORWARD: {}, BOTH: {}}
     errors: dict[str, dict[str, float]] = {FORWARD: {}, BOTH: {}}
 
@@ -242,12 +270,13 @@ def measure(case: Case, arguments: argparse.Namespace) -> list[common.Row]:
             errors[BOTH][name] = share(both(attend)[0][0, 0, rows], dq)
             calls[BOTH][name] = partial(both, attend)
         except RuntimeError as error:  # a backend that does not take this size
-            if name == NAME:
+            if name in ours:
                 raise
             print(f"not timed: {name}, {case}: {str(error).splitlines()[0][:160]}")
     for part in (FORWARD, BOTH):
         bound = BOUNDS[case.dtype] * (1 if part == FORWARD else 2)
-        common.gate(f"{NAME}, {case.name(part)}", errors[part][NAME], bound)
+        for name in ours:
+            common.gate(f"{name}, {case.name(part)}", errors[part][name], bound)
     times = {}
     rounds, seconds = (2, 0.002) if arguments.quick else (5, 0.05)
     for part, members in calls.items():
@@ -261,9 +290,12 @@ def measure(case: Case, arguments: argparse.Namespace) -> list[common.Row]:
         row = common.rate_row(case.name(part), name, timing, work, unit, dtype=dtype, batch=case.batch)
         row.note = f"{1e3 * timing.median:.3g} ms, error {errors[part][name]:.1e}"
         if name == NAME:
-            others = {other: times[part, other] for other in sides if (part, other) in times and other != NAME}
+            others = {other: times[part, other] for other in sides if (part, other) in times and other not in ours}
             judge(row, case, part, timing, others, device)
             row.note = f"{explain(causal_attention, *inputs, window=case.window).kernel}, {row.note}"
+        elif name == CUDA:
+            row.ratio, row.ratio_to = timing.times_as_fast_as(times[part, NAME]), NAME
+            row.floor = row.goal = CUDA_TARGET if part == FORWARD else None
         result.append(row)
     return result
 

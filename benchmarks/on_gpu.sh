@@ -15,7 +15,8 @@
 # A room is found by its files: benchmarks/benchmark_<room>.py, or tests/test_<room>.py beside audiokernels/<room>.py;
 # its tests are tests/test_<room>.py and tests/test_<room>_*.py. A test is for the GPU if its name, parameters or
 # markers say "cuda" or "gpu"; those that run a GPU's kernels on the host are left out, and several run at a time where
-# pytest-xdist is, since Triton compiles for minutes. compute-sanitizer's memcheck and synccheck run those of a file
+# pytest-xdist is, since Triton compiles for minutes. Where they name a variable that asks for another kernel
+# (AUDIOKERNELS_ATTENTION_CUDA), those that do not ask for it themselves run once more with it. compute-sanitizer's memcheck and synccheck run those of a file
 # that say "sanitize" too (in a file without that word: all but CUDA graphs, compile, export and opcheck), racecheck
 # those that say "racecheck".
 #
@@ -236,7 +237,7 @@ gpu_files() {
 }
 
 run_tests() {
-  local room=$1 files command
+  local room=$1 files command switch
   mapfile -t files < <(gpu_files "$room")
   command=("${pytest[@]}" "${workers[@]}" -m "not slow" -k "$GPU_TESTS" "${files[@]}")
   if [ ${#files[@]} -eq 0 ]; then
@@ -247,6 +248,14 @@ run_tests() {
     would "$room: GPU tests" "${command[@]}"
   else
     run "$room: GPU tests" 300 "${command[@]}"
+  fi
+  switch=$(cat /dev/null "${files[@]}" | grep -oE -m 1 "AUDIOKERNELS_[A-Z]+_CUDA" | head -n 1)
+  [ -n "$switch" ] || return
+  command=(env "$switch=1" "${pytest[@]}" "${workers[@]}" -m "not slow" -k "_gpu or graph" "${files[@]}")
+  if [ $dry_run -eq 1 ]; then
+    would "$room: GPU tests, $switch=1" "${command[@]}"
+  else
+    run "$room: GPU tests, $switch=1" 120 "${command[@]}"
   fi
 }
 

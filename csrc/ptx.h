@@ -53,6 +53,12 @@ AK_PTX float tanh_approx(float x) {
   return y;
 }
 
+AK_PTX float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 struct Float16 {};  // the types that mma multiplies
 struct BFloat16 {};
 
@@ -67,6 +73,14 @@ AK_PTX void mma(float (&c)[4], const uint4& a, const uint2& b, BFloat16) {
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+}
+
+// c = a b
+AK_PTX void mma_first(float (&c)[4], const uint4& a, const uint2& b, BFloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+      : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "f"(0.0f));
 }
 
 // Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
@@ -132,6 +146,13 @@ AK_PTX uint32_t multiply_two(uint32_t a, uint32_t b) {
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
   return word;
 }
+// Two bfloat16.
+AK_PTX uint32_t fma_two(uint32_t a, uint32_t b, uint32_t c, BFloat16) {
+  uint32_t word;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
+  return word;
+}
+AK_PTX uint32_t multiply_two(uint32_t a, uint32_t b, BFloat16) { return fma_two(a, b, 0x80008000u, BFloat16{}); }
 
 // ---- barriers of a block; `threads` are those that sync and those that only arrive
 
@@ -230,6 +251,14 @@ AK_PTX void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t ba
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(bar)
                : "memory");
+}
+// The box of a CUtensorMap of four dimensions that begins at x, y, z, w; zeros outside of the tensor.
+AK_PTX void tensor_load(uint32_t to, const void* map, int x, int y, int z, int w, uint32_t bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3,%4,%5}], [%6];" ::
+          "r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(bar)
+      : "memory");
 }
 AK_PTX void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif

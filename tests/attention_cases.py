@@ -1,29 +1,35 @@
 """Causal attention by dense float64 formulas and by torch's own, inputs, and the kernels that a machine has."""
 
+from unittest import mock
+
 import pytest
 import torch
 from instruction_sets import UNCOMPILED, in_use, instruction_sets
 from torch.nn import functional as F
 
 from audiokernels import causal_attention
+from audiokernels import causal_attention_plan as plans
 from audiokernels._library import C
 from audiokernels.causal_attention import causal_attention_backward_ref, causal_attention_ref
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+SM90_COMPILED = torch.cuda.is_available() and plans.device_facts(torch.device("cuda", 0)).compiled
 
 
 def kernels(op):
-    """What can serve `op` here: the reference, the compiled kernel in each instruction set, the GPU's kernel."""
+    """What can serve `op` here: the reference, the compiled kernel in each instruction set, the GPU's kernel, and
+    "cuda_sm90", the GPU's with CUDA C++ asked for."""
     compiled = [name for name in instruction_sets(op) if name not in UNCOMPILED]
-    return ["reference", *compiled, *(["cuda"] if torch.cuda.is_available() else [])]
+    asked = ["cuda_sm90"] if SM90_COMPILED and op == "causal_attention" and not plans.ASKED else []
+    return ["reference", *compiled, *(["cuda", *asked] if torch.cuda.is_available() else [])]
 
 
 def main_kernels(op):
     """The same as parameters of a fixture: `make test` takes one instruction set, the best."""
     names = kernels(op)
     best = C.supported_isas()[-1] if C else ""
-    main = ("reference", best, "cuda")
+    main = ("reference", best, "cuda", "cuda_sm90")
     return [name if name in main else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
@@ -46,7 +52,7 @@ class Kernel:
     """One of kernels(): called as causal_attention(..., return_lse=True)."""
 
     def __init__(self, name):
-        self.name, self.device = name, "cuda" if name == "cuda" else "cpu"
+        self.name, self.device = name, "cuda" if name.startswith("cuda") else "cpu"
 
     def __call__(self, q, k, v, scale=None, window=None):
         if self.name == "reference":
@@ -55,8 +61,8 @@ class Kernel:
 
 
 def in_turn(name, kernel=Kernel):
-    """For a fixture: kernel(name), with the instruction set of that name in use."""
-    with in_use(name):
+    """For a fixture: kernel(name), with the instruction set of that name in use, or CUDA C++ asked for."""
+    with in_use(name), mock.patch.object(plans, "ASKED", plans.ASKED or name == "cuda_sm90"):
         yield kernel(name)
 
 

@@ -21,8 +21,8 @@ def distinct_instruction_sets(op: str) -> list[str]:
 
 @contextmanager
 def in_use(name: str) -> Iterator[str]:
-    """Within the block the CPU kernels are those of that instruction set; "reference" and "cuda" change nothing."""
-    if name in (*UNCOMPILED, "cuda"):
+    """Within the block the CPU kernels are those of that instruction set; "reference" and "cuda..." change nothing."""
+    if name in UNCOMPILED or name.startswith("cuda"):
         yield name
         return
     before = C.isa()

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from audiokernels import backends, philox_uniform, wavenet_generate, wavenet_pack, wavenet_state
+from audiokernels import backends, causal_attention_plan, philox_uniform, wavenet_generate, wavenet_pack, wavenet_state
 from audiokernels._library import C
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 NAMES = sorted(path.stem.removeprefix("benchmark_") for path in BENCHMARKS.glob("benchmark_*.py"))
 sys.path.insert(0, str(BENCHMARKS))
+import benchmark_causal_attention  # noqa: E402
 import common  # noqa: E402
 import wavenet_peers  # noqa: E402
 from benchmark_wavenet_generate import DILATIONS, standard_weights  # noqa: E402
@@ -232,6 +233,27 @@ def test_peers_import_with_torch_and_numpy_alone():
     assert "not timed, because not importable: audiomodels.wavenet" in result.stdout
 
 
+def test_cuda_is_a_side_where_triton_serves_unasked(monkeypatch):
+    """On a GPU that takes CUDA C++ if it is asked for: asked for within its own calls alone."""
+    room, asked = benchmark_causal_attention, []
+    monkeypatch.setattr(causal_attention_plan, "ASKED", False)
+
+    def explain(*arguments, **options):
+        kernel = causal_attention_plan.SM90 if causal_attention_plan.ASKED and compiled else "Triton"
+        return argparse.Namespace(kernel=kernel)
+
+    monkeypatch.setattr(room, "explain", explain)
+    monkeypatch.setattr(room, "causal_attention", lambda *inputs, window: asked.append(causal_attention_plan.ASKED))
+    case, compiled = room.Case(16, 100, 1, 1), True
+    ((name, attend),) = room.by_cuda(case, []).items()
+    attend(None, None, None)
+    assert name == room.CUDA and asked == [True] and not causal_attention_plan.ASKED
+    compiled = False
+    assert room.by_cuda(case, []) == {}
+    compiled, causal_attention_plan.ASKED = True, True
+    assert room.by_cuda(case, []) == {}
+
+
 # ---- on_gpu.sh
 
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
@@ -343,6 +365,20 @@ def test_on_gpu_fails_where_a_stage_fails_and_goes_on(gpu_machine, environment, 
     result, calls = gpu_machine(**environment)
     assert result.returncode == 1 and re.search(line, result.stdout) and "A STAGE FAILED" in result.stdout
     assert len([line for line in calls if "--tool" in line]) == 7 and any("benchmark_x.py" in line for line in calls)
+
+
+@needs_bash
+def test_on_gpu_asks_for_the_other_kernel_too(gpu_machine):
+    with (gpu_machine.root / "tests/test_x.py").open("a") as file:
+        file.write("# AUDIOKERNELS_X_CUDA=1\n")
+    result, calls = gpu_machine("--stages", "tests")
+    assert result.returncode == 0 and "x: GPU tests, AUDIOKERNELS_X_CUDA=1" in result.stdout
+    tests = [line for line in calls if line.startswith("python -m pytest")]
+    assert (
+        len(tests) == 3
+        and "-k _gpu or graph" in tests[1]
+        and tests[1].split(" or graph")[1] == tests[0].split("gpu")[1]
+    )
 
 
 @needs_bash

@@ -56,6 +56,8 @@ SEEDS = range(3)
 
 @pytest.fixture(params=main_kernels("causal_attention"))
 def kernel(request):
+    if request.param == "cuda_sm90" and request.node.callspec.params.get("dtype") != torch.bfloat16:
+        pytest.skip("CUDA C++ takes bfloat16 alone")
     yield from in_turn(request.param)
 
 

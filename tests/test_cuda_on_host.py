@@ -10,6 +10,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 SEEDS = range(12)
 
 SOURCE = """
+#include "cuda.h"
 #include "cuda_fp16.h"
 #include "cuda_runtime_api.h"
 #include "ptx.h"
@@ -136,6 +137,22 @@ void relay(float* out, int rounds) {
   ptx::cluster_wait();
 }
 
+// ---- a box of 16 x 8 of a (2, 3, 20, 12) tensor, as it lies in shared memory
+template <bool kWait>
+void box(CUtensorMap map, uint16_t* out, int x, int y) {
+  uint16_t* shared = reinterpret_cast<uint16_t*>(ptx::dynamic_shared());
+  const uint32_t base = ptx::shared_address(shared), bar = base + 256;
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(bar, 1);
+    ptx::mbarrier_arrive_expect(bar, 256);
+    ptx::tensor_load(base, &map, x, y, 2, 1, bar);
+  }
+  __syncthreads();
+  while (kWait && !ptx::mbarrier_try_wait(bar, 0)) {
+  }
+  for (int i = threadIdx.x; i < 128; i += 32) out[i] = shared[i];
+}
+
 // ---- a bounded wait for what never comes
 void bounded(int* out) {
   const uint32_t bar = ptx::shared_address(ptx::dynamic_shared());
@@ -187,6 +204,17 @@ E bulk_relay(float* x) { return launch(relay<kGood, true>, 4, 32, 1024, 4, x, 3)
 E racy_relay(float* x) { return launch(relay<kUnwaited, false>, 4, 32, 1024, 4, x, 3); }
 E leaving_relay(float* x) { return launch(relay<kLeaves, false>, 4, 32, 1024, 4, x, 3); }
 E unarmed_relay(float* x) { return launch(relay<kUnarmed, false>, 4, 32, 1024, 4, x, 3); }
+int boxed(void (*kernel)(CUtensorMap, uint16_t*, int, int), const uint16_t* x, uint16_t* out, int64_t row) {
+  CUtensorMap map;
+  const cuuint64_t bytes = 2 * row, sizes[] = {12, 20, 3, 2}, strides[] = {bytes, 20 * bytes, 60 * bytes};
+  const cuuint32_t box[] = {16, 8, 1, 1}, steps[] = {1, 1, 1, 1};
+  const CUresult made = cuTensorMapEncodeTiled(
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, (void*)x, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return made ? 99 : launch(kernel, 1, 32, 384, 1, map, out, 0, -3);
+}
+E good_box(const uint16_t* x, uint16_t* out, int64_t row) { return boxed(box<true>, x, out, row); }
+E racy_box(const uint16_t* x, uint16_t* out, int64_t row) { return boxed(box<false>, x, out, row); }
 E bounded_wait(int* x) { return launch(bounded, 1, 32, 64, 1, x); }
 E round_half(const float* x, float* y, int64_t n) {
   for (int i = 0; i < n; i++) y[i] = __half2float(__float2half_rn(x[i]));
@@ -237,7 +265,18 @@ def staged(name, seed):
     return torch.equal(out, x)
 
 
-RUNS = {"turn": turned, "pipe": piped, "relay": relayed, "stage": staged}
+def boxes(name, seed):
+    """Zeros outside of the tensor; the 16-byte halves of the rows 4 to 7 of every 8 have changed places."""
+    x, out = torch.randn(2, 3, 20, 16).half(), torch.zeros(8, 2, 8).half()
+    call(name, x, out, 16, seed=seed)
+    expected = torch.zeros(8, 16).half()
+    expected[3:, :12] = x[1, 2, :5, :12]
+    expected = expected.view(8, 2, 8)
+    expected[4:] = expected[4:].flip(1)
+    return torch.equal(out, expected)
+
+
+RUNS = {"turn": turned, "pipe": piped, "relay": relayed, "stage": staged, "box": boxes}
 
 
 @pytest.mark.parametrize("kernel", RUNS)
@@ -283,6 +322,12 @@ def test_deadlock_tells_who_waits_where():
 def test_wrong_kernels_are_reported_and_the_process_lives(name, arguments, text):
     assert re.search(text, failure(name, *arguments)), failure(name, *arguments)
     assert turned("good_turn", 0)
+
+
+def test_a_tensor_map_that_the_driver_refuses():
+    x, out = torch.zeros(2, 3, 20, 17).half(), torch.zeros(128).half()
+    assert "99" in failure("good_box", x, out, 17)
+    assert "99" in failure("good_box", x.flatten()[1:], out, 16)
 
 
 def test_bounded_wait():

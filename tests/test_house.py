@@ -345,10 +345,12 @@ TEN = {f"csrc/haar_pool_{i}.cpp": "" for i in range(10)}
             "x_haar_pool_9": "",
         },
     ),
+    ("", {f"{OPS}haar_pool.py": 'lib.define("_haar_pool_9() -> ()")', **TEN}),
 )
 def no_room_over_10_files(files):
-    """A file belongs to the longest op that its name holds: causal_attention_decode counts by itself."""
-    doors = {op.name for op in ops(files)}
+    """A file belongs to the longest op that its name holds: causal_attention_decode counts by itself, and so does
+    causal_attention_sm90, whose op has an underscore before its name."""
+    doors = {op.name.lstrip("_") for op in ops(files)}
     for stem in (Path(path).stem for path in files if re.match(rf"{OPS}\w+\.py$", path)):
         longer = [door for door in doors if stem in door and stem != door]
         named = (path for path in files if stem in Path(path).name)

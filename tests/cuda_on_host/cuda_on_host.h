@@ -71,7 +71,12 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fiber that runs
 
 // ---- the part of the runtime that launchers call
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorLaunchFailure = 719
+};
 using cudaStream_t = struct CUstream_st*;
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 struct cudaLaunchAttribute {
@@ -91,8 +96,10 @@ struct cudaLaunchConfig_t {
 };
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
   cudaFuncAttributeNonPortableClusterSizeAllowed = 14
 };
+enum { cudaSharedmemCarveoutMaxShared = 100 };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 
 namespace cuda_on_host {
@@ -571,6 +578,7 @@ inline cudaError_t cudaGetLastError() { return std::exchange(cuda_on_host::last_
 inline const char* cudaGetErrorString(cudaError_t) { return cuda_on_host::error_text.c_str(); }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   auto& allowed = cuda_on_host::allowed[kernel];
+  if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed)
     allowed.cluster = value ? 16 : 8;
   else if (size_t(value) <= cuda_on_host::kMostShared)
@@ -688,6 +696,9 @@ inline int __float2int_rn(float x) { return int(std::nearbyintf(x)); }
 inline void sincospif(float x, float* sine, float* cosine) {
   *sine = float(std::sin(M_PI * x));
   *cosine = float(std::cos(M_PI * x));
+}
+inline int __viaddmin_s32_relu(int a, int b, int c) {  // the sum wraps
+  return std::max(std::min(int(unsigned(a) + unsigned(b)), c), 0);
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -1,6 +1,7 @@
 // The functions of csrc/ptx.h for the host, in its order.
 #pragma once
 
+#include "cuda.h"
 #include "cuda_on_host.h"
 
 namespace audiokernels::ptx {
@@ -21,6 +22,11 @@ inline void prefetch(const void* p) { static_cast<void>(*static_cast<const volat
 
 inline float tanh_approx(float x) {  // as far off as the instruction may be: 2^-11 of the value
   return __uint_as_float(__float_as_uint(std::tanh(x)) & 0xfffff000u);
+}
+
+inline float exp2_approx(float x) {  // as far off as it may be, but for whole x; results below 2^-126 are 0
+  const float y = float(std::exp2(double(x)));
+  return y < 0x1p-126f ? 0.0f : __uint_as_float(__float_as_uint(y) & 0xfffffffeu);
 }
 
 struct Float16 {};
@@ -59,6 +65,11 @@ void mma(float (&c)[4], const uint4& a, const uint2& b, Type type) {
       }
   });
   memcpy(c, out.c, sizeof out.c);
+}
+
+inline void mma_first(float (&c)[4], const uint4& a, const uint2& b, BFloat16 type) {
+  for (float& sum : c) sum = 0;
+  mma(c, a, b, type);
 }
 
 template <int Matrices, bool Trans>
@@ -113,6 +124,24 @@ inline uint32_t multiply_two(uint32_t a, uint32_t b) {
   const Float16 type;
   return pack(half_of(a, 0, type) * half_of(b, 0, type), half_of(a, 1, type) * half_of(b, 1, type), type);
 }
+
+// Rounded once: to odd in float, then to nearest.
+inline uint16_t bfloat_of(double x) {
+  float near = float(x);
+  uint32_t bits = __float_as_uint(near);
+  if (x == x && double(near) != x) {
+    if (std::fabs(double(near)) > std::fabs(x)) bits--;
+    bits |= 1;
+  }
+  return __float2bfloat16_rn(__uint_as_float(bits)).bits;
+}
+inline uint32_t fma_two(uint32_t a, uint32_t b, uint32_t c, BFloat16 type) {
+  uint32_t word = 0;
+  for (int i = 0; i < 2; i++)
+    word |= uint32_t(bfloat_of(double(half_of(a, i, type)) * half_of(b, i, type) + half_of(c, i, type))) << 16 * i;
+  return word;
+}
+inline uint32_t multiply_two(uint32_t a, uint32_t b, BFloat16 type) { return fma_two(a, b, 0x80008000u, type); }
 
 // ---- barriers of a block
 
@@ -231,6 +260,31 @@ inline void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t ba
   if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) host::fail("a bulk load that is not aligned to 16 bytes");
   host::later([=] {
     memcpy(host::at(to, bytes, 16, "bulk load"), from, bytes);
+    mbarrier_change(bar, 0, -int64_t(bytes));
+  });
+}
+inline void tensor_load(uint32_t to, const void* map, int x, int y, int z, int w, uint32_t bar) {
+  const auto& m = *reinterpret_cast<const host::TensorMap*>(map);
+  if (m.mark != host::kTensorMapMark) host::fail("a tensor map that nobody encoded");
+  const size_t bytes = size_t(m.box[0]) * m.box[1] * m.box[2] * m.box[3] * 2;
+  host::at(to, bytes, 128, "tensor load");
+  host::later([=] {
+    uint32_t at = to;  // the box lies dense, 16-byte chunks of 32 bytes change places where bit 7 of the address is set
+    for (uint32_t l = 0; l < m.box[3]; l++)
+      for (uint32_t k = 0; k < m.box[2]; k++)
+        for (uint32_t j = 0; j < m.box[1]; j++)
+          for (uint32_t i = 0; i < m.box[0]; i++, at += 2) {
+            const int64_t index[] = {x + int64_t(i), y + int64_t(j), z + int64_t(k), w + int64_t(l)};
+            const unsigned char* from = m.data + 2 * index[0];
+            bool inside = index[0] >= 0 && index[0] < m.sizes[0];
+            for (int d = 1; d < 4; d++) {
+              inside = inside && index[d] >= 0 && index[d] < m.sizes[d];
+              from += index[d] * m.strides[d - 1];
+            }
+            uint16_t element = 0;
+            if (inside) memcpy(&element, from, 2);
+            memcpy(host::at(at ^ (at >> 3 & 16), 2, 2, "tensor load"), &element, 2);
+          }
     mbarrier_change(bar, 0, -int64_t(bytes));
   });
 }
