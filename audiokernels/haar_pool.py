@@ -234,7 +234,7 @@ def refused_by_triton(x: Tensor) -> str:
     """Why no Triton kernel of a Haar op takes x, or ""."""
     if x.dtype == torch.float64:
         return "float64 runs on the reference"
-    major = device_facts(x.device).capability[0] if x.is_cuda else 8
+    major = device_facts(x.device).capability[0] if x.device.type == "cuda" else 8
     return "" if major >= 8 else f"sm_{major}x is older than sm_80"  # as Triton asks for
 
 

@@ -516,7 +516,7 @@ def test_triton_serves_from_sm_80_on(monkeypatch):
     for major, refused in ((7, "sm_7x is older than sm_80"), (8, ""), (12, "")):
         gpu = Gpu((major, 0), 132, 232448)
         monkeypatch.setattr(sys.modules["audiokernels.haar_pool"], "device_facts", lambda device, gpu=gpu: gpu)
-        x = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"), is_cuda=True)
+        x = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
         assert refused_by_triton(x) == refused
         x.dtype = torch.float64
         assert refused_by_triton(x) == "float64 runs on the reference"
