@@ -1,5 +1,7 @@
 """transformer_generate by its kernel for GPUs, run on the host: its arguments, and in how many blocks."""
 
+import re
+from functools import cache
 from unittest import mock
 
 import torch
@@ -39,8 +41,23 @@ CUDA_ON_HOST_EXPORT int generate(const int64_t* n, void** data, double temperatu
 """
 
 
+@cache
+def kernel() -> str:
+    """The kernel with its room's headers in it, each where it is included first."""
+    text, included = (CSRC / "transformer_generate_cuda.cu").read_text(), set()
+
+    def insert(found: re.Match) -> str:
+        there = found[1] in included
+        included.add(found[1])
+        return "" if there else (CSRC / found[1]).read_text().replace("#pragma once", "")
+
+    while '#include "transformer_' in text:
+        text = re.sub(r'#include "(transformer_\w+\.h)"', insert, text, count=1)
+    return text
+
+
 def on_host(pack, state, uniforms, *, blocks=1, seed=0, threads=128, edit=None, **options):
-    """The same as transformer_generate; `edit` changes (this, to that) in the kernel and its header.
+    """The same as transformer_generate; `edit` changes (this, to that) in the kernel and its headers.
 
     A block has 512 threads on a GPU. No sum depends on their number, and 128 are four times as quick here.
     """
@@ -56,8 +73,7 @@ def on_host(pack, state, uniforms, *, blocks=1, seed=0, threads=128, edit=None, 
     numbers += [0, 0, 0, 0] if condition is None else [*condition.stride(), condition.shape[1]]
     tensors = [pack.data, state, uniforms, codes, condition, out, logits]
     pointers = torch.tensor([0 if t is None else t.data_ptr() for t in tensors])
-    text, header = ((CSRC / f"transformer_generate_cuda.{kind}").read_text() for kind in ("cu", "h"))
-    text = text.replace('#include "transformer_generate_cuda.h"', header.replace("#pragma once", ""))
+    text = kernel()
     for before, after in (("kTransformerThreads = 512", f"kTransformerThreads = {threads}"), *([edit] if edit else [])):
         if before not in text:
             raise ValueError(f"not in the kernel: {before}")

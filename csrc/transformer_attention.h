@@ -1,0 +1,180 @@
+// Attention of a block: the ring of keys and values of its heads, or of a part of a head.
+#pragma once
+
+#include "transformer_block.h"
+
+namespace audiokernels {
+namespace {
+
+constexpr int kAhead = 4;  // rows of values that a lane asks for before it makes scores
+
+struct Attention : Block {
+  using Block::Block;
+
+  __device__ uint4 load_four(const uint32_t* p) const {
+    return c.aligned ? *reinterpret_cast<const uint4*>(p) : uint4{p[0], p[1], p[2], p[3]};
+  }
+  __device__ uint2 load_two(const uint32_t* p) const {
+    return c.aligned ? *reinterpret_cast<const uint2*>(p) : uint2{p[0], p[1]};
+  }
+
+  // Where a head's key block begins in the cache; `values` of the layer follow its keys.
+  template <class Cache>
+  __device__ uint32_t* keys_at(uint32_t* cache, int head, int block) const {
+    return cache + (int64_t(head) * c.capacity() + block * kKeyBlock) * c.headdim / Cache::kGroup;
+  }
+  template <class Cache>
+  __device__ uint32_t* values_at(uint32_t* cache, int head, int block) const {
+    const int64_t keys = int64_t(c.n_head) * c.capacity() * c.headdim / Cache::kGroup;
+    return cache + keys + (int64_t(head) * c.capacity() + block * kKeyBlock) * c.head_rows / Cache::kGroup;
+  }
+  template <class Cache>
+  static __device__ void write_cell(uint32_t* cell, int member, float value) {
+    if constexpr (Cache::kGroup == 1)
+      *cell = __float_as_uint(value);
+    else
+      reinterpret_cast<uint16_t*>(cell)[member] = uint16_t(ptx::pack(value, 0.0f, ptx::BFloat16{}));
+  }
+
+  // Turns q by the position; the turned key and the value go into their slot, if this block has it.
+  template <class Cache>
+  __device__ void remember(uint32_t* cache) const {
+    constexpr int g = Cache::kGroup;
+    const int d = c.headdim, d16 = c.head_rows, half = d / 2, block = slot / int(kKeyBlock), in_block = slot % 64;
+    const int part = block * c.parts / c.key_blocks();
+    float *q = floats(at.qkv), *k = q + heads.count() * d16, *v = k + heads.count() * d16;
+    const auto mine = [&](int head) {
+      const int unit = head * c.parts + part;
+      return unit >= heads.first_unit && unit < heads.end_unit;
+    };
+#pragma unroll 1
+    for (int i = thread_of(); i < heads.count() * half; i += kThreads) {
+      const int head = heads.first + i / half, a = i / half * d16 + i % half, b = a + half;
+      float low = k[a], high = k[b];
+      if (c.positions == kRotary) {
+        const float cosine = floats(at.cos)[i % half], sine = floats(at.sin)[i % half], x = q[a], y = q[b];
+        q[a] = x * cosine - y * sine;
+        q[b] = y * cosine + x * sine;
+        low = k[a] * cosine - k[b] * sine;
+        high = k[b] * cosine + k[a] * sine;
+      }
+      if (!mine(head)) continue;
+      uint32_t* cells = keys_at<Cache>(cache, head, block) + in_block;
+      write_cell<Cache>(cells + i % half / g * kKeyBlock, i % half % g, low);
+      write_cell<Cache>(cells + (i % half + half) / g * kKeyBlock, (i % half + half) % g, high);
+    }
+#pragma unroll 1
+    for (int i = thread_of(); i < heads.count() * d16; i += kThreads)
+      if (const int head = heads.first + i / d16; mine(head))
+        write_cell<Cache>(values_at<Cache>(cache, head, block) + in_block / g * d16 + i % d16, in_block % g, v[i]);
+  }
+
+  // Warp task of attention: the key blocks first, first + subs, .. < end of a head, with a running largest score.
+  // Leaves that, the sum of weights, and the weighted sum of values in `result`: of 128 channels, from quad `from` on.
+  template <class Cache>
+  __device__ void attend_some(uint32_t* cache, int head, int first, int end, const float* q, float* result,
+                              int from) const {
+    constexpr int g = Cache::kGroup;
+    const int d = c.headdim, d16 = c.head_rows, lane = lane_of(), quads = lesser(d16 / 4 - from, 32);
+    int width = 4;  // lanes that share a row of values
+    while (width < quads) width *= 2;
+    const int quad = lane % width, row = lane / width, rows = 32 / width;
+    float most = -INFINITY, sum = 0.0f, sums[4] = {};
+    float* weights = floats(at.weights) + warp_of() * kKeyBlock;
+#pragma unroll 1
+    for (int block = first; block < end && int64_t(block) * kKeyBlock <= position; block += c.subs) {
+      const uint32_t* values = values_at<Cache>(cache, head, block) + 4 * (from + quad);
+      uint4 ahead[kAhead];  // of the values, on their way while the scores are made
+      for (int j = 0; j < kAhead && quad < quads && row + j * rows < kKeyBlock / g; j++)
+        ahead[j] = load_four(values + (row + j * rows) * d16);
+      float scores[2] = {};
+      const uint32_t* cell = keys_at<Cache>(cache, head, block) + 2 * lane;
+#pragma unroll 8
+      for (int i = 0; i < d; i += g, cell += kKeyBlock) {
+        const uint2 two = load_two(cell);
+        scores[0] = Cache::add(scores[0], two.x, q + i, 1);
+        scores[1] = Cache::add(scores[1], two.y, q + i, 1);
+      }
+      for (int i = 0; i < 2; i++) {
+        int age = slot - (block * int(kKeyBlock) + 2 * lane + i);
+        if (age < 0) age += c.capacity();
+        if (age >= c.window || age > position) scores[i] = -INFINITY;
+      }
+      const float largest = fmaxf(most, warp_max(fmaxf(scores[0], scores[1])));
+      if (largest == -INFINITY) continue;  // the window ends within this block, before its first key
+      const float fade = sum > 0.0f ? weight_of(most - largest) : 0.0f;
+      most = largest;
+      for (int i = 0; i < 2; i++) scores[i] = scores[i] == -INFINITY ? 0.0f : weight_of(scores[i] - largest);
+      sum = fmaf(sum, fade, warp_sum(scores[0] + scores[1]));
+      *reinterpret_cast<float2*>(weights + 2 * lane) = float2{scores[0], scores[1]};
+      __syncwarp();
+      for (int i = 0; i < 4; i++) sums[i] *= fade;
+      if (quad < quads) {
+        for (int j = 0; j < kAhead && row + j * rows < kKeyBlock / g; j++)
+          add_values<Cache>(sums, ahead[j], weights + (row + j * rows) * g);
+#pragma unroll 4
+        for (int j = row + kAhead * rows; j < kKeyBlock / g; j += rows)
+          add_values<Cache>(sums, load_four(values + j * d16), weights + j * g);
+      }
+      __syncwarp();
+    }
+    for (int bits = 16; bits >= width; bits /= 2)
+      for (int i = 0; i < 4; i++) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], bits);
+    if (lane == 0) result[0] = most, result[1] = sum;
+    if (row == 0 && quad < quads)
+      *reinterpret_cast<float4*>(result + 4 + 4 * (from + quad)) = {sums[0], sums[1], sums[2], sums[3]};
+  }
+  template <class Cache>
+  static __device__ void add_values(float (&sums)[4], const uint4& four, const float* weights) {
+    sums[0] = Cache::add(sums[0], four.x, weights, 1);
+    sums[1] = Cache::add(sums[1], four.y, weights, 1);
+    sums[2] = Cache::add(sums[2], four.z, weights, 1);
+    sums[3] = Cache::add(sums[3], four.w, weights, 1);
+  }
+
+  // The tasks of a unit into `attended`, normalised, and its largest score and sum into `merge`; by a warp.
+  __device__ void merge_unit(float* results, float* attended, float* merge) const {
+    const int lane = lane_of(), subs = c.subs, d16 = c.head_rows, stride = d16 + 4;
+    const float mine = lane < subs ? results[lane * stride] : -INFINITY;
+    const float most = warp_max(mine), sum = lane < subs ? results[lane * stride + 1] : 0.0f;
+    const float weight = sum > 0.0f ? weight_of(mine - most) : 0.0f, total = warp_sum(weight * sum);
+    const float scale = total > 0.0f ? weight / total : 0.0f;
+    for (int i = lane; i < rounded(d16, 32); i += 32) {  // whole warps
+      float value = 0.0f;
+      for (int sub = 0; sub < subs; sub++)
+        value = fmaf(__shfl_sync(kAllLanes, scale, sub), results[sub * stride + 4 + (i < d16 ? i : 0)], value);
+      if (i < d16) attended[i] = value;
+    }
+    if (lane == 0 && c.parts > 1) merge[0] = most, merge[1] = total;
+  }
+
+  template <class Cache>
+  __device__ void attend(uint32_t* cache) const {
+    remember<Cache>(cache);
+    __syncthreads();
+    const int subs = c.subs, d16 = c.head_rows, stride = d16 + 4;
+    for (int first = heads.first_unit; first < heads.end_unit; first += at.wave) {
+      const int units = lesser(heads.end_unit - first, at.wave);
+#pragma unroll 1
+      for (int task = warp_of(); task < units * subs; task += kWarps) {
+        const Quotient unit(task, subs);
+        const Quotient head(first + unit.quotient - heads.first * c.parts, c.parts);  // of this block's
+        const int begin = c.first_key_block(head.remainder), end = c.first_key_block(head.remainder + 1);
+        for (int from = 0; from < d16 / 4; from += 32)  // once, unless a head has more than 128 channels
+          attend_some<Cache>(cache, heads.first + head.quotient, begin + unit.remainder, end,
+                             floats(at.qkv) + head.quotient * d16, floats(at.states) + task * stride, from);
+      }
+      __syncthreads();
+#pragma unroll 1
+      for (int i = warp_of(); i < units; i += kWarps) {
+        const int local = first - heads.first_unit + i;
+        merge_unit(floats(at.states) + i * subs * stride, floats(at.attended) + local * d16,
+                   floats(at.merge) + 2 * local);
+      }
+      __syncthreads();
+    }
+  }
+};
+
+}  // namespace
+}  // namespace audiokernels
