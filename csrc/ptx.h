@@ -232,6 +232,7 @@ AK_PTX void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t ba
                : "memory");
 }
 AK_PTX void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+AK_PTX void fence_async_global() { asm volatile("fence.proxy.async;" ::: "memory"); }  // and of global memory
 #endif
 
 #undef AK_PTX

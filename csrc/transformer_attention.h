@@ -1,4 +1,8 @@
 // Attention of a block: the ring of keys and values of its heads, or of a part of a head.
+//
+// The block's keys of a layer lie one after the other. Where the plan has room for them, a bulk copy brings them to
+// shared memory while the block works on what comes before; the position's own key, which is made meanwhile, goes there
+// and into the ring.
 #pragma once
 
 #include "transformer_block.h"
@@ -8,7 +12,14 @@ namespace {
 
 constexpr int kAhead = 4;  // rows of values that a lane asks for before it makes scores
 
+// Where the keys and values of a layer are: of head 0 on, though only the block's own may be there.
+struct Ring {
+  uint32_t *keys, *values;
+};
+
 struct Attention : Block {
+  uint32_t stagings = 0;  // that the block has waited for
+
   using Block::Block;
 
   __device__ uint4 load_four(const uint32_t* p) const {
@@ -18,15 +29,52 @@ struct Attention : Block {
     return c.aligned ? *reinterpret_cast<const uint2*>(p) : uint2{p[0], p[1]};
   }
 
-  // Where a head's key block begins in the cache; `values` of the layer follow its keys.
-  template <class Cache>
-  __device__ uint32_t* keys_at(uint32_t* cache, int head, int block) const {
-    return cache + (int64_t(head) * c.capacity() + block * kKeyBlock) * c.headdim / Cache::kGroup;
+  // Those of the state.
+  __device__ Ring ring_of(int layer) const {
+    uint32_t* keys = reinterpret_cast<uint32_t*>(state + c.first_ring + layer * c.layer_floats);
+    return {keys, keys + int64_t(c.n_head) * c.key_blocks() * c.key_words};
   }
-  template <class Cache>
-  __device__ uint32_t* values_at(uint32_t* cache, int head, int block) const {
-    const int64_t keys = int64_t(c.n_head) * c.capacity() * c.headdim / Cache::kGroup;
-    return cache + keys + (int64_t(head) * c.capacity() + block * kKeyBlock) * c.head_rows / Cache::kGroup;
+  // A layer's, with what is staged of it.
+  __device__ Ring staged_of(Ring ring) const {
+    if (c.staged > 0)
+      ring.keys = reinterpret_cast<uint32_t*>(shared + at.keys) - int64_t(heads.first_key) * c.key_words;
+    if (c.staged > 1)
+      ring.values = reinterpret_cast<uint32_t*>(shared + at.values) - int64_t(heads.first_key) * c.value_words;
+    return ring;
+  }
+  // Where a head's block of keys begins.
+  __device__ uint32_t* keys_at(const Ring& ring, int head, int block) const {
+    return ring.keys + (int64_t(head) * c.key_blocks() + block) * c.key_words;
+  }
+  __device__ uint32_t* values_at(const Ring& ring, int head, int block) const {
+    return ring.values + (int64_t(head) * c.key_blocks() + block) * c.value_words;
+  }
+
+  // ---- staging: begins when nobody reads what was there before
+
+  __device__ void start_staging() const {
+#ifdef AK_CLUSTERS
+    if (thread_of() == 0) ptx::mbarrier_init(ptx::shared_address(shared + at.bars + 16), 1);
+#endif
+  }
+  __device__ void stage(int layer) const {
+#ifdef AK_CLUSTERS
+    if (c.staged == 0 || thread_of() > 0) return;
+    const uint32_t bar = ptx::shared_address(shared + at.bars + 16);
+    const int blocks = heads.end_key - heads.first_key;
+    const uint32_t keys = uint32_t(4 * blocks * c.key_words), values = uint32_t(4 * blocks * c.value_words);
+    ptx::mbarrier_arrive_expect(bar, keys + (c.staged > 1 ? values : 0));
+    if (blocks == 0) return;
+    const Ring ring = ring_of(layer);
+    ptx::bulk_load(ptx::shared_address(shared + at.keys), keys_at(ring, 0, heads.first_key), keys, bar);
+    if (c.staged > 1)
+      ptx::bulk_load(ptx::shared_address(shared + at.values), values_at(ring, 0, heads.first_key), values, bar);
+#endif
+  }
+  __device__ void await_staging() {
+#ifdef AK_CLUSTERS
+    if (c.staged > 0) wait(ptx::shared_address(shared + at.bars + 16), stagings++);
+#endif
   }
   template <class Cache>
   static __device__ void write_cell(uint32_t* cell, int member, float value) {
@@ -36,9 +84,10 @@ struct Attention : Block {
       reinterpret_cast<uint16_t*>(cell)[member] = uint16_t(ptx::pack(value, 0.0f, ptx::BFloat16{}));
   }
 
-  // Turns q by the position; the turned key and the value go into their slot, if this block has it.
+  // Turns q by the position; the turned key and the value go into their slot, if this block has it: in the state, and
+  // in what is staged of it.
   template <class Cache>
-  __device__ void remember(uint32_t* cache) const {
+  __device__ void remember(const Ring& ring, const Ring& staged) const {
     constexpr int g = Cache::kGroup;
     const int d = c.headdim, d16 = c.head_rows, half = d / 2, block = slot / int(kKeyBlock), in_block = slot % 64;
     const int part = block * c.parts / c.key_blocks();
@@ -59,20 +108,32 @@ struct Attention : Block {
         high = k[b] * cosine + k[a] * sine;
       }
       if (!mine(head)) continue;
-      uint32_t* cells = keys_at<Cache>(cache, head, block) + in_block;
-      write_cell<Cache>(cells + i % half / g * kKeyBlock, i % half % g, low);
-      write_cell<Cache>(cells + (i % half + half) / g * kKeyBlock, (i % half + half) % g, high);
+      const auto write = [&](const Ring& to) {
+        uint32_t* cells = keys_at(to, head, block) + in_block;
+        write_cell<Cache>(cells + i % half / g * kKeyBlock, i % half % g, low);
+        write_cell<Cache>(cells + (i % half + half) / g * kKeyBlock, (i % half + half) % g, high);
+      };
+      write(ring);
+      if (c.staged > 0) write(staged);
     }
 #pragma unroll 1
     for (int i = thread_of(); i < heads.count() * d16; i += kThreads)
-      if (const int head = heads.first + i / d16; mine(head))
-        write_cell<Cache>(values_at<Cache>(cache, head, block) + in_block / g * d16 + i % d16, in_block % g, v[i]);
+      if (const int head = heads.first + i / d16; mine(head)) {
+        const auto write = [&](const Ring& to) {
+          write_cell<Cache>(values_at(to, head, block) + in_block / g * d16 + i % d16, in_block % g, v[i]);
+        };
+        write(ring);
+        if (c.staged > 1) write(staged);
+      }
+#ifdef AK_CLUSTERS
+    if (c.staged > 0) ptx::fence_async_global();  // before the bulk copies that read and overwrite it
+#endif
   }
 
   // Warp task of attention: the key blocks first, first + subs, .. < end of a head, with a running largest score.
   // Leaves that, the sum of weights, and the weighted sum of values in `result`: of 128 channels, from quad `from` on.
   template <class Cache>
-  __device__ void attend_some(uint32_t* cache, int head, int first, int end, const float* q, float* result,
+  __device__ void attend_some(const Ring& ring, int head, int first, int end, const float* q, float* result,
                               int from) const {
     constexpr int g = Cache::kGroup;
     const int d = c.headdim, d16 = c.head_rows, lane = lane_of(), quads = lesser(d16 / 4 - from, 32);
@@ -83,12 +144,12 @@ struct Attention : Block {
     float* weights = floats(at.weights) + warp_of() * kKeyBlock;
 #pragma unroll 1
     for (int block = first; block < end && int64_t(block) * kKeyBlock <= position; block += c.subs) {
-      const uint32_t* values = values_at<Cache>(cache, head, block) + 4 * (from + quad);
+      const uint32_t* values = values_at(ring, head, block) + 4 * (from + quad);
       uint4 ahead[kAhead];  // of the values, on their way while the scores are made
       for (int j = 0; j < kAhead && quad < quads && row + j * rows < kKeyBlock / g; j++)
         ahead[j] = load_four(values + (row + j * rows) * d16);
       float scores[2] = {};
-      const uint32_t* cell = keys_at<Cache>(cache, head, block) + 2 * lane;
+      const uint32_t* cell = keys_at(ring, head, block) + 2 * lane;
 #pragma unroll 8
       for (int i = 0; i < d; i += g, cell += kKeyBlock) {
         const uint2 two = load_two(cell);
@@ -148,9 +209,12 @@ struct Attention : Block {
     if (lane == 0 && c.parts > 1) merge[0] = most, merge[1] = total;
   }
 
+  // Of a layer; `next` is the one that attends after it, -1 if none does.
   template <class Cache>
-  __device__ void attend(uint32_t* cache) const {
-    remember<Cache>(cache);
+  __device__ void attend(int layer, int next) {
+    const Ring ring = staged_of(ring_of(layer));
+    await_staging();
+    remember<Cache>(ring_of(layer), ring);
     __syncthreads();
     const int subs = c.subs, d16 = c.head_rows, stride = d16 + 4;
     for (int first = heads.first_unit; first < heads.end_unit; first += at.wave) {
@@ -161,7 +225,7 @@ struct Attention : Block {
         const Quotient head(first + unit.quotient - heads.first * c.parts, c.parts);  // of this block's
         const int begin = c.first_key_block(head.remainder), end = c.first_key_block(head.remainder + 1);
         for (int from = 0; from < d16 / 4; from += 32)  // once, unless a head has more than 128 channels
-          attend_some<Cache>(cache, heads.first + head.quotient, begin + unit.remainder, end,
+          attend_some<Cache>(ring, heads.first + head.quotient, begin + unit.remainder, end,
                              floats(at.qkv) + head.quotient * d16, floats(at.states) + task * stride, from);
       }
       __syncthreads();
@@ -173,6 +237,7 @@ struct Attention : Block {
       }
       __syncthreads();
     }
+    if (next >= 0) stage(next);
   }
 };
 

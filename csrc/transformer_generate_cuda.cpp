@@ -43,8 +43,9 @@ std::tuple<Tensor, Tensor> _transformer_generate_cuda(Tensor weights, std::vecto
   TransformerCall call = sizes_of(shape);
   check_cuda_call({shape.pack_bytes(), shape.state_floats(), shape.n_class, shape.condition, shape.hop}, arguments,
                   call);
-  STD_TORCH_CHECK(plan.size() == 2, "plan must hold the blocks of a stream and their shared bytes");
+  STD_TORCH_CHECK(plan.size() == 4, "plan must hold a stream's blocks, their shared bytes, what is resident and staged");
   call.blocks = int(plan[0]), call.aligned = is_aligned(shape, call);
+  call.resident = int(plan[2]), call.staged = call.aligned ? int(plan[3]) : 0;
   return generate_on_cuda("transformer", arguments, call,
                           [&](cudaStream_t stream) { return transformer_generate_cuda(call, int(plan[1]), stream); });
 }

@@ -8,6 +8,7 @@
 // after the MLP. Slices are the same for every number of blocks, and so are the codes.
 #include "transformer_attention.h"
 #include "transformer_exchange.h"
+#include "transformer_resident.h"
 
 namespace audiokernels {
 namespace {
@@ -63,7 +64,7 @@ struct Net : Attention {
     const int sub = lane_of() / 4, quad = 4 * group + lane_of() % 4;
 #pragma unroll 4
     for (int s = begin + sub; s < end; s += kSubs) {
-      const uint4 w = __ldg(lanes + int64_t(s) * row_quads + quad);
+      const uint4 w = lanes[int64_t(s) * row_quads + quad];  // of the pack, or in shared memory
       const In* from = in + (s - begin) * kWords;
       sums[0] = Dot::add(sums[0], w.x, from, 1);
       sums[1] = Dot::add(sums[1], w.y, from, 1);
@@ -76,42 +77,36 @@ struct Net : Attention {
       for (int bits = 4; bits < 32; bits *= 2) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], bits);
   }
 
-  // put(i, sum + bias) for this block's rows, groups of 16: `groups` in runs of `run`, the first at `first`, `stride`
-  // apart. Ends synchronised.
+  // put(i, sum + bias) for row i of the operand. Ends synchronised.
   template <class Put>
-  __device__ void rows_of(const PackedMatrix& m, const float* in, int first, int groups, int run, int stride,
-                          Put put) const {
+  __device__ void rows_of(const Operand& m, const float* in, Put put) const {
     const In* inputs = prepare(in, 1, c.embd_rows());
     const int parts = lesser(kInputParts, above(m.steps, kSubs)), each = above(m.steps, parts);
     Sum* partial = reinterpret_cast<Sum*>(shared + at.partial);
-    const auto group_of = [&](int i) {
-      const Quotient at_run(i, run);
-      return first + at_run.quotient * stride + at_run.remainder;
-    };
-    for (int pass = 0; pass < groups; pass += kPassGroups) {
-      const int here = lesser(groups - pass, kPassGroups);
+    for (int pass = 0; pass < m.groups; pass += kPassGroups) {
+      const int here = lesser(m.groups - pass, kPassGroups);
 #pragma unroll 1
       for (int task = warp_of(); task < here * parts; task += kWarps) {
         const Quotient which(task, here);
         const int group = which.remainder, part = which.quotient, begin = part * each;
         Sum sums[4] = {};
-        sum_group(sums, m.lanes, m.rows / 4, group_of(pass + group), begin, lesser(begin + each, m.steps),
+        sum_group(sums, m.lanes, m.rows / 4, m.group_of(pass + group), begin, lesser(begin + each, m.steps),
                   inputs + begin * kWords);
         add_lanes(sums);
         if (lane_of() < 4)
           for (int i = 0; i < 4; i++) partial[(part * here + group) * 16 + 4 * lane_of() + i] = sums[i];
       }
-      const auto row_of = [&](int i) { return 16 * group_of(pass + i / 16) + i % 16; };
-      const float first_bias = __ldg(m.bias + row_of(lesser(thread_of(), 16 * here - 1)));
+      const auto row_of = [&](int i) { return 16 * m.group_of(pass + i / 16) + i % 16; };
+      const float first_bias = m.bias[row_of(lesser(thread_of(), 16 * here - 1))];
       __syncthreads();
 #pragma unroll 1
       for (int i = thread_of(); i < 16 * here; i += kThreads) {
         const int row = row_of(i);
-        const float bias = i < kThreads ? first_bias : __ldg(m.bias + row);
+        const float bias = i < kThreads ? first_bias : m.bias[row];
         Sum sum = partial[i];
         for (int part = 1; part < parts; part++) sum += partial[part * here * 16 + i];
         if constexpr (Dot::kByTap)
-          put(16 * pass + i, fmaf(float(sum), __ldg(m.scale + row) * floats(at.scales)[0], bias));
+          put(16 * pass + i, fmaf(float(sum), m.scale[row] * floats(at.scales)[0], bias));
         else
           put(16 * pass + i, sum + bias);
       }
@@ -120,8 +115,8 @@ struct Net : Attention {
   }
 
   // Four rows of a slice: its taps' inputs are `width` numbers each, slice `local` of this block's.
-  __device__ float4 slice_sum(const PackedMatrix& m, const Cut& cut, int local, int group, const In* in) const {
-    const int begin = Quotient(cut.first + local, cut.repeat).quotient * (cut.width / Dot::kGroup);
+  __device__ float4 slice_sum(const Operand& m, const Cut& cut, int local, int group, const In* in) const {
+    const int begin = Quotient(cut.first + local, cut.repeat).quotient * (cut.width / Dot::kGroup) - m.skipped;
     const int end = lesser(begin + cut.width / Dot::kGroup, m.steps), words = cut.width / Dot::kGroup * kWords;
     Sum sums[4] = {};
     float total[4] = {};
@@ -136,7 +131,7 @@ struct Net : Attention {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
           const int row = 16 * group + 4 * (lane_of() % 4) + i;
-          total[i] = fmaf(float(sums[i]), __ldg(m.scale + tap * m.rows + row) * scale, total[i]);
+          total[i] = fmaf(float(sums[i]), m.scale[tap * m.rows + row] * scale, total[i]);
           sums[i] = 0;
         }
       }
@@ -166,7 +161,7 @@ struct Net : Attention {
 
   // to = matrix * in + bias in every block, of which each has its slices of `in`. merge: null, or the largest score and
   // the sum of weights of each of this block's slices, parts of heads that are merged. Ends synchronised.
-  __device__ void reduce(const PackedMatrix& m, const Cut& cut, const float* in, float* to, Finish finish,
+  __device__ void reduce(const Operand& m, const Cut& cut, const float* in, float* to, Finish finish,
                          const float* merge = nullptr) {
     const In* inputs = prepare(in, m.taps * cut.local(), cut.width);
     for (int first = 0; first < m.rows; first += at.buffer_rows) {
@@ -181,13 +176,13 @@ struct Net : Attention {
       }
       if (merge && thread_of() < 2 * cut.local())
         exchange.put(behind + 2 * cut.first + thread_of(), merge[thread_of()]);
-      const float first_bias = __ldg(m.bias + first + lesser(thread_of(), rows - 1));  // on its way while others send
+      const float first_bias = m.bias[first + lesser(thread_of(), rows - 1)];  // on its way while others send
       const float* sums = exchange.finish();
       const float share = merge ? part_share(sums + behind, cut) : 1.0f;
 #pragma unroll 1
       for (int i = thread_of(); i < rounded(rows, 32); i += kThreads) {  // whole warps
         const int row = first + (i < rows ? i : 0);
-        float total = (i < kThreads ? first_bias : __ldg(m.bias + row)) + (finish == kAdd ? to[row] : 0.0f);
+        float total = (i < kThreads ? first_bias : m.bias[row]) + (finish == kAdd ? to[row] : 0.0f);
         for (int s = 0; s < cut.count; s++)
           total = fmaf(__shfl_sync(kAllLanes, share, s), sums[s * rows + (i < rows ? i : 0)], total);
         if (i < rows) to[row] = finish == kRelu ? fmaxf(total, 0.0f) : total;
@@ -219,8 +214,16 @@ struct Net : Attention {
     }
   }
 
+  // The matrix of a layer of the context network.
+  __device__ PackedMatrix context_matrix(const uint8_t*& p, int layer) const {
+    const int rows = layer + 1 < c.n_width ? c.context_rows() : c.code_rows();
+    return read_matrix<Dot>(p, rows, c.widths[layer], c.context);
+  }
+  // That of its code's way into the network.
+  __device__ PackedMatrix fuse_matrix(const uint8_t*& p) const { return read_matrix<Dot>(p, c.fuse_rows(), 1, c.code); }
+
   // The code of the context network: the rings of its layers move by a step. Each block has some channels of each.
-  __device__ void run_context(const uint8_t*& p, int64_t& ring_at) {
+  __device__ void run_context(const uint8_t*& p) {
     const int rows = c.context_rows();
     const float* table = reinterpret_cast<const float*>(c.pack) + int64_t(c.n_class + c.condition) * c.embd_rows();
     float *vector = floats(at.vector), *taps = floats(at.taps);
@@ -228,11 +231,12 @@ struct Net : Attention {
     __syncthreads();
     const Cut cut = share(c.context);
     const int channels = cut.local() * cut.width;
+    int64_t ring_at = kStateHeader;
     int d = 1;
 #pragma unroll 1
     for (int layer = 0; layer < c.n_width; d *= c.widths[layer++]) {
       const int width = c.widths[layer], length = (width - 1) * d;
-      const PackedMatrix m = read_matrix<Dot>(p, layer + 1 < c.n_width ? rows : c.code_rows(), width, c.context);
+      const PackedMatrix m = context_matrix(p, layer);
 #pragma unroll 1
       for (int i = thread_of(); i < channels; i += kThreads) {
         const int channel = cut.first * cut.width + i;
@@ -247,7 +251,7 @@ struct Net : Attention {
         if (length > 0 && channel < rows) ring[int64_t(oldest) * rows] = x;
       }
       __syncthreads();
-      reduce(m, cut, taps, vector, kRelu);
+      reduce(all_rows(m), cut, taps, vector, kRelu);
       ring_at += int64_t(length) * rows;
     }
     const int most = larger(rows, c.code_rows());
@@ -269,16 +273,15 @@ struct Net : Attention {
   }
 
   // What the first layer reads.
-  __device__ void embed(const uint8_t*& p, int64_t& ring_at) {
+  __device__ void embed(const uint8_t*& p) {
     const int rows = c.embd_rows();
     float *x = floats(at.x), *fused = floats(at.fused);
     find_angles();
     if (c.condition && (position == start() || position % c.hop == 0)) project_condition();
     if (c.n_width) {
-      run_context(p, ring_at);
+      run_context(p);
       const Cut cut = share(c.code);
-      reduce(read_matrix<Dot>(p, c.fuse_rows(), 1, c.code), cut, floats(at.vector) + cut.first * cut.width, fused,
-             kSet);
+      reduce(all_rows(fuse_matrix(p)), cut, floats(at.vector) + cut.first * cut.width, fused, kSet);
     }
     __syncthreads();
 #pragma unroll 1
@@ -295,7 +298,7 @@ struct Net : Attention {
   }
 
   // Causal Haar pooling: the mean of the last 2^level rows of every channel. Each block has some channels.
-  __device__ void pool(int64_t& ring_at) {
+  __device__ void pool(int64_t ring_at) {
     const int groups = c.embd_rows() / 16, each = above(groups, c.blocks);
     const int begin = 16 * lesser(rank * each, groups), end = 16 * lesser((rank + 1) * each, groups);
     float *x = floats(at.x), *partial = floats(at.partial);
@@ -328,50 +331,89 @@ struct Net : Attention {
     const float* pooled = exchange.finish();
     for (int i = thread_of(); i < c.embd_rows(); i += kThreads) x[i] = pooled[i];
     __syncthreads();
-    for (int run = 0; run < c.n_haar; run++)
-      if (c.levels[run]) ring_at += int64_t(c.counts[run]) << c.levels[run];
   }
 
-  // Two halves of one form, norm, rows of each block, sum over all blocks: a loop, so that their code exists once.
-  __device__ void layer(const uint8_t*& p, int64_t& ring_at) {
-    const int embd = c.embd_rows(), head_groups = c.head_rows / 16, inner_rows = rounded(c.n_inner, 16);
+  // ---- a layer has two halves of one form: norm, rows of each block, sum over all blocks
+
+  struct Half {
+    Operand in, out;
+  };
+
+  // Of the pack: q, k and v and what follows attention, or the two of the MLP.
+  __device__ Half half_of(bool mlp, const uint8_t*& p) const {
+    const int inner_rows = rounded(c.n_inner, 16), head_groups = c.head_rows / 16;
     const Cut inner = share(c.n_inner);
+    const PackedMatrix in = read_matrix<Dot>(p, mlp ? inner_rows : 3 * c.heads_rows(), 1, c.n_embd);
+    const PackedMatrix out = read_matrix<Dot>(p, c.embd_rows(), 1, mlp ? c.n_inner : c.heads_rows());
+    const int first = mlp ? inner.first * inner.width / 16 : heads.first * head_groups;
+    const int last = lesser(inner.end * inner.width, inner_rows) / 16;
+    const int run = mlp ? larger(last - first, 0) : heads.count() * head_groups;  // of q, of k and of v
+    return {{in, first, mlp ? run : 3 * run, larger(run, 1), c.heads_rows() / 16, 0}, all_rows(out)};
+  }
+  // The block's part of it in shared memory, from `to` on.
+  __device__ Half resident_half(bool mlp, const Half& whole, char*& to) const {
+    const Cut inner = share(c.n_inner);
+    const int first = (mlp ? inner.first * inner.width : heads.first * c.head_rows) / Dot::kGroup;
+    const int end = (mlp ? inner.end * inner.width : heads.end * c.head_rows) / Dot::kGroup;
+    const Operand in = resident_part<Dot>(whole.in, 0, whole.in.steps, to);
+    return {in, resident_part<Dot>(whole.out, first, larger(lesser(end, whole.out.steps) - first, 0), to)};
+  }
+  // The output's rows of this block.
+  __device__ Operand output_of(const uint8_t* p) const {
+    const int all = c.class_rows() / 16, each = above(all, c.blocks), first = lesser(rank * each, all);
+    const int groups = lesser(first + each, all) - first;
+    return {read_matrix<Dot>(p, c.class_rows(), 1, c.n_embd), first, groups, larger(groups, 1), 0, 0};
+  }
+
+  __device__ void load_weights() const {
+    if (c.resident == 0) return;
+    const uint8_t* p = c.pack + c.table_bytes;
+    char* to = shared + at.resident;
+    for (int layer = 0; layer < c.n_width; layer++) context_matrix(p, layer);
+    if (c.n_width) fuse_matrix(p);
 #pragma unroll 1
-    for (int half = 0; half < 2; half++) {
-      const bool mlp = half > 0;
-      const PackedMatrix in = read_matrix<Dot>(p, mlp ? inner_rows : 3 * c.heads_rows(), 1, c.n_embd);
-      const PackedMatrix out = read_matrix<Dot>(p, embd, 1, mlp ? c.n_inner : c.heads_rows());
-      const int first = mlp ? inner.first * inner.width / 16 : heads.first * head_groups;
-      const int last = lesser(inner.end * inner.width, inner_rows) / 16;
-      const int run = mlp ? last - first : heads.count() * head_groups;  // of q, of k and of v
+    for (int i = 0; i < 2 * c.n_layer; i++) {
+      const Half whole = half_of(i % 2, p);
+      if (i / 2 >= c.resident - 1) continue;
+      const Half part = resident_half(i % 2, whole, to);
+      load_part<Dot>(whole.in, part.in);
+      load_part<Dot>(whole.out, part.out);
+    }
+    const Operand out = output_of(p);
+    load_part<Dot>(out, resident_part<Dot>(out, 0, out.steps, to));
+  }
+
+  // p: the layer in the pack, `to` in shared memory. A loop over the halves, so that their code exists once.
+  __device__ void layer(int i, int next, const uint8_t*& p, char*& to) {
+#pragma unroll 1
+    for (int n = 0; n < 2; n++) {
+      const bool mlp = n > 0;
+      Half half = half_of(mlp, p);
+      if (i < c.resident - 1) half = resident_half(mlp, half, to);
       float* rows = floats(mlp ? at.inner : at.qkv);
       normalize();
-      rows_of(in, floats(at.h), first, mlp ? run : 3 * run, larger(run, 1), c.heads_rows() / 16,
-              [&](int i, float v) { rows[i] = mlp ? fmaxf(v, 0.0f) : v; });
+      rows_of(half.in, floats(at.h), [&](int i, float v) { rows[i] = mlp ? fmaxf(v, 0.0f) : v; });
       if (!mlp) {
-        const int64_t cache = int64_t(c.n_head) * c.capacity() * (c.headdim + c.head_rows);
         if (c.cache == kFloat32)
-          attend<DotFloat32>(reinterpret_cast<uint32_t*>(state + ring_at));
+          attend<DotFloat32>(i, next);
         else
-          attend<DotBFloat16>(reinterpret_cast<uint32_t*>(state + ring_at));
-        ring_at += c.cache == kFloat32 ? cache : cache / 2;
+          attend<DotBFloat16>(i, next);
       }
-      reduce(out, mlp ? inner : Cut::heads(c, rank), floats(mlp ? at.inner : at.attended), floats(at.x), kAdd,
-             !mlp && c.parts > 1 ? floats(at.merge) : nullptr);
+      reduce(half.out, mlp ? share(c.n_inner) : Cut::heads(c, rank), floats(mlp ? at.inner : at.attended), floats(at.x),
+             kAdd, !mlp && c.parts > 1 ? floats(at.merge) : nullptr);
     }
-    if (c.n_haar) pool(ring_at);
+    if (c.n_haar) pool(c.first_ring + i * c.layer_floats + c.ring_floats());
   }
 
-  __device__ void find_logits(const uint8_t*& p) {
-    const PackedMatrix out = read_matrix<Dot>(p, c.class_rows(), 1, c.n_embd);
-    const int all = out.rows / 16, each = above(all, c.blocks), first = lesser(rank * each, all);
-    const int groups = lesser(first + each, all) - first;
+  __device__ void find_logits(const uint8_t* p, char* to) {
+    Operand out = output_of(p);
+    const int first = 16 * out.first, senders = above(c.class_rows(), 16 * above(c.class_rows() / 16, c.blocks));
+    if (c.resident > 0) out = resident_part<Dot>(out, 0, out.steps, to);
     normalize();
-    exchange.begin(4 * out.rows, above(all, each));
-    rows_of(out, floats(at.h), first, groups, larger(groups, 1), 0,
-            [&](int i, float v) { exchange.put(16 * first + i, v); });
+    exchange.begin(4 * c.class_rows(), senders);
+    rows_of(out, floats(at.h), [&](int i, float v) { exchange.put(first + i, v); });
     const float* rows = exchange.finish();
-    for (int i = thread_of(); i < out.rows; i += kThreads)
+    for (int i = thread_of(); i < c.class_rows(); i += kThreads)
       floats(at.logits)[i] = rows[i] + (c.fusion == kFuseLogits ? floats(at.fused)[i] : 0.0f);
     __syncthreads();
   }
@@ -409,19 +451,22 @@ struct Net : Attention {
       if (thread_of() == 0)
         ints(at.slots)[layer] = c.widths[layer] > 1 ? int(position % ((c.widths[layer] - 1) * d)) : 0;
     if (thread_of() == 0) code() = int(header_number(state[2], c.n_class));
+    load_weights();
+    start_staging();
     exchange.start();
     __syncthreads();
+    stage(0);
   }
 
   __device__ void run() {
     prepare_call();
     for (int64_t t = 0; t < c.n; t++) {
       const uint8_t* p = c.pack + c.table_bytes;
-      int64_t ring_at = kStateHeader;
-      embed(p, ring_at);
+      char* to = shared + at.resident;
+      embed(p);
 #pragma unroll 1
-      for (int i = 0; i < c.n_layer; i++) layer(p, ring_at);
-      if (c.logits || t >= c.forced) find_logits(p);
+      for (int i = 0; i < c.n_layer; i++) layer(i, i + 1 < c.n_layer ? i + 1 : t + 1 < c.n ? 0 : -1, p, to);
+      if (c.logits || t >= c.forced) find_logits(p, to);
       choose(t);
       position++;
       slot = slot + 1 == c.capacity() ? 0 : slot + 1;
@@ -472,7 +517,8 @@ cudaError_t configure(Kernel kernel, int blocks, int shared_bytes, cudaLaunchCon
 }  // namespace
 
 cudaError_t transformer_generate_cuda(const TransformerCall& call, int shared_bytes, cudaStream_t stream) {
-  if (call.blocks < 1 || call.blocks > 16) return cudaErrorInvalidValue;
+  const bool kept = call.resident >= 0 && call.resident <= call.n_layer + 1 && call.staged >= 0 && call.staged <= 2;
+  if (call.blocks < 1 || call.blocks > 16 || !kept || (call.blocks == 1 && call.staged)) return cudaErrorInvalidValue;
   const TransformerPlaces places(call);
   if (places.bytes > shared_bytes) return cudaErrorInvalidValue;
   const Kernel kernel = call.dtype == kFloat32    ? kernel_of<DotFloat32>(call.blocks)

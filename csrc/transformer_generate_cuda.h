@@ -23,11 +23,15 @@ struct TransformerCall : CudaCall {
   int n_width, n_haar;
   bool aligned;  // keys and values to 16 bytes, in every row of the state
   int blocks;    // of a stream
+  int resident;  // weights that a block keeps its part of: 0 none, 1 + n those of the output and of the first n layers
+  int staged;    // what is copied to shared memory before a layer needs it: 0 nothing, 1 its keys, 2 its values too
   int32_t widths[kMostWidths];
   int32_t levels[kMostRuns], counts[kMostRuns];  // of the pooling
 
   // What follows from these, see finish.
   int headdim, head_rows, parts, heads_of_slice, attention_slices, subs;
+  int key_words, value_words;        // 32-bit ones, of a block of keys of a head
+  int64_t first_ring, layer_floats;  // of a stream's state: where the layers' begin, and what each takes
 
   __host__ __device__ int heads_rows() const { return n_head * head_rows; }
   __host__ __device__ int embd_rows() const { return rounded(n_embd, 16); }
@@ -53,6 +57,17 @@ struct TransformerCall : CudaCall {
     heads_of_slice = above(n_head, kSlices);
     attention_slices = above(n_head, heads_of_slice) * parts;
     subs = lesser(16, above(key_blocks(), parts));  // warps that share a unit
+    key_words = int(kKeyBlock) * headdim / (cache == kFloat32 ? 1 : 2);
+    value_words = int(kKeyBlock) * head_rows / (cache == kFloat32 ? 1 : 2);
+    first_ring = kStateHeader;
+    int64_t dilation = 1;
+    for (int i = 0; i < n_width; dilation *= widths[i++]) first_ring += (widths[i] - 1) * dilation * context_rows();
+    layer_floats = ring_floats();
+    for (int i = 0; i < n_haar; i++)
+      if (levels[i]) layer_floats += int64_t(counts[i]) << levels[i];
+  }
+  __host__ __device__ int64_t ring_floats() const {  // keys and values of a layer
+    return int64_t(n_head) * key_blocks() * (key_words + value_words);
   }
 };
 
@@ -81,6 +96,7 @@ struct Cut {
 // What a block has of the heads.
 struct Heads {
   int first_unit, end_unit, first, end;  // units, and the heads that they are of
+  int first_key, end_key;                // blocks of keys, of all heads one after the other
 
   __host__ __device__ Heads(const TransformerCall& c, int rank) {
     const Cut cut = Cut::heads(c, rank);
@@ -88,24 +104,33 @@ struct Heads {
     end_unit = lesser(cut.end * c.heads_of_slice, c.units());
     first = first_unit / c.parts;
     end = end_unit > first_unit ? (end_unit - 1) / c.parts + 1 : first;
+    first_key = first_unit / c.parts * c.key_blocks() + c.first_key_block(first_unit % c.parts);
+    end_key = end_unit / c.parts * c.key_blocks() + c.first_key_block(end_unit % c.parts);
   }
   __host__ __device__ int units() const { return end_unit - first_unit; }
   __host__ __device__ int count() const { return end - first; }
 };
 
+// Bytes that so many rows and inputs of a matrix take in shared memory.
+__host__ __device__ constexpr int part_bytes(int dtype, int rows, int inputs) {
+  const int group = dtype == kFloat32 ? 1 : dtype == kBFloat16 ? 2 : 4;
+  return 4 * rows * (1 + (dtype == kInt8) + above(inputs, group));
+}
+
 // Byte offsets into shared memory, the same in every block of a stream. audiokernels/transformer_plan.py knows the sum.
 struct TransformerPlaces {
   int frequency, cos, sin, x, h, base, qkv, attended, merge, inner, logits, fused, vector, taps, partial, states,
-      weights, packed, scales, slots, code, bars, buffer;
+      weights, packed, scales, slots, code, bars, buffer, resident, keys, values;
   int bytes;
   int buffer_rows, buffer_floats, wave;  // wave: units of attention at a time
 
   __host__ __device__ explicit TransformerPlaces(const TransformerCall& c) {
     const int embd = c.embd_rows(), head = c.head_rows, slice = c.heads_of_slice * head, blocks = c.blocks;
-    int heads = 0, units = 0;
+    int heads = 0, units = 0, key_blocks = 0;
     for (int rank = 0; rank < blocks; rank++) {
       const Heads mine(c, rank);
       heads = larger(heads, mine.count()), units = larger(units, mine.units());
+      key_blocks = larger(key_blocks, mine.end_key - mine.first_key);
     }
     const Cut attention = Cut::heads(c, 0), inner_cut = Cut::of(c.n_inner, 0, blocks);
     const Cut context_cut = c.n_width ? Cut::of(c.context, 0, blocks) : Cut{};
@@ -114,7 +139,8 @@ struct TransformerPlaces {
     const int inner_rows = inner_cut.local() * inner_cut.width, attended_rows = attention.local() * slice;
     const int taps_rows = width * context_cut.local() * context_cut.width;
     const int vector_rows = c.n_width ? larger(c.context_rows(), rounded(c.code, 16 * kSlices)) : 0;  // whole slices
-    const int rows = larger(larger(3 * heads * head, inner_rows), 16 * above(c.class_rows() / 16, blocks));
+    const int class_rows = 16 * above(c.class_rows() / 16, blocks);
+    const int rows = larger(larger(3 * heads * head, inner_rows), class_rows);
     const int inputs = larger(larger(embd, attended_rows), larger(inner_rows, larger(taps_rows, vector_rows)));
     const int all_rows = larger(larger(embd, c.fuse_rows()), larger(c.context_rows(), c.code_rows()));
     buffer_rows = blocks > 1 ? all_rows : lesser(all_rows, kChunkRows);
@@ -134,8 +160,16 @@ struct TransformerPlaces {
     partial = take(4 * larger(larger(4 * lesser(rows, 1024), kTransformerThreads), c.class_rows() / 16));
     states = take(4 * wave * c.subs * (head + 4)), weights = take(4 * kTransformerThreads / 32 * int(kKeyBlock));
     packed = take(c.dtype == kInt8 ? inputs : 0), scales = take(c.dtype == kInt8 ? 4 * kSlices * larger(width, 1) : 0);
-    slots = take(4 * c.n_width), code = take(4), bars = take(16);
+    slots = take(4 * c.n_width), code = take(4), bars = take(24);
     buffer = take(4 * buffer_floats * (blocks > 1 ? 2 : 1));
+    resident = take(0);
+    if (c.resident > 0)
+      take(part_bytes(c.dtype, class_rows, c.n_embd) +
+           (c.resident - 1) *
+               (part_bytes(c.dtype, 3 * heads * head, c.n_embd) + part_bytes(c.dtype, embd, heads * head) +
+                part_bytes(c.dtype, inner_rows, c.n_embd) + part_bytes(c.dtype, embd, inner_rows)));
+    keys = take(c.staged > 0 ? 4 * key_blocks * c.key_words : 0);
+    values = take(c.staged > 1 ? 4 * key_blocks * c.value_words : 0);
     bytes = at;
   }
 };

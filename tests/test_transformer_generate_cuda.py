@@ -132,6 +132,33 @@ def test_one_tree_for_every_number_of_blocks_batch_chunk_and_order(dtype):
     assert torch.equal(forked[2:], on_host(pack, transformer_state(pack, 1), uniforms[:1, 4:]))
 
 
+KEPT = {1: (2, 0), 2: (0, 2), 4: (2, 1), 8: (4, 2), 16: (1, 1)}  # of three layers, by blocks: (resident, staged)
+
+
+@host
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_lies_in_shared_memory_changes_nothing(dtype):
+    """Codes, logits and state, bit for bit, of weights and keys in shared memory beside those of L2.
+
+    Everything that a layer may have is there, the ring of keys wraps, and the calls go on from each other.
+    """
+    sizes = {"n_head": 2, "n_embd": 32, "n_inner": 50, "n_class": 50, "n_layer": 3, "window": 100}
+    pack = pack_of(dtype=dtype, fusion="film", condition=3, hop=4, haar=[1] * 3 + [0] * 13 + [2] * 16, **sizes)
+    began, frames = transformer_state(pack, 1), torch.randn(1, 33, 3, generator=torch.Generator().manual_seed(2))
+    transformer_generate(pack, began, philox_uniform(0, 1, 124), condition=frames[:, :31])
+    uniforms, results = philox_uniform(5, 1, 8), []
+    for blocks, kept in {0: (0, 0), **KEPT}.items():
+        state, parts = began.clone(), []
+        options = {"blocks": max(1, blocks), "kept": kept, "return_logits": True}
+        for begin, end in ((0, 3), (3, 8)):  # the ring is full at sample 128, the fourth of these
+            part = frames[:, 31 + begin // 4 : 31 + (end - 1) // 4 + 1]
+            parts.append(on_host(pack, state, uniforms[:, begin:end], condition=part, seed=blocks, **options))
+        results.append([*(torch.cat(both, 1) for both in zip(*parts, strict=True)), state])
+    for name, *found in zip(("codes", "logits", "state"), *results, strict=True):
+        assert [torch.equal(found[0], other) for other in found[1:]] == [True] * len(KEPT), name
+    assert len(results[0][0].unique()) > 3
+
+
 @host
 def test_condition_prompts_and_sampling():
     hop, n = 7, 20
@@ -213,7 +240,8 @@ def test_the_standard_model_with_all_its_threads():
 
 
 EDITS = {
-    "no barrier before attention": ("    remember<Cache>(cache);\n    __syncthreads();", "    remember<Cache>(cache);"),
+    "no barrier before attention": ("remember<Cache>(ring_of(layer), ring);\n    __syncthreads();",
+                                    "remember<Cache>(ring_of(layer), ring);"),
     "no barrier after the sums": ("finish == kRelu ? fmaxf(total, 0.0f) : total;\n      }\n      __syncthreads();",
                                   "finish == kRelu ? fmaxf(total, 0.0f) : total;\n      }"),
     "no barrier after the norm": ("* scale : 0.0f;\n    __syncthreads();", "* scale : 0.0f;"),
@@ -228,6 +256,17 @@ EDITS = {
     "the oldest tap twice": ("from = from + d < length ? from + d : from + d - length;", ""),
     "a scale of the norm": ("warp_sum(squares) / count + kEpsilon", "warp_sum(squares) / (count + 1) + kEpsilon"),
     "a pooled row too few": ("sum += s == newest ? x[channel]", "sum += s == newest ? 0.0f"),
+    "rows of another group": ("4 * whole.group_of(quad / 4)", "4 * whole.group_of((quad / 4 + 1) % whole.groups)"),
+    "inputs of another slice": ("const int step = i / quads + part.skipped,", "const int step = i / quads,"),
+    "a slice looked for elsewhere": (" - m.skipped;", ";"),
+    "all parts in one place": ("  to += 4 * rows * (1 + Dot::kByTap + steps);\n", ""),
+    "no wait for the keys": ("wait(ptx::shared_address(shared + at.bars + 16), stagings++);", "stagings++;"),
+    "the position's own key is missing": ("if (c.staged > 0) write(staged);", ""),
+    "the position's own value is missing": ("if (c.staged > 1) write(staged);", ""),
+    "keys of another layer": ("if (next >= 0) stage(next);", "if (next >= 0) stage(layer);"),
+    "keys copied while others are read": ("    __syncthreads();\n    const int subs",
+                                          "    __syncthreads();\n    if (next >= 0) stage(next), next = -1;\n    const int subs"),
+    "keys copied when nobody needs them": ("t + 1 < c.n ? 0 : -1", "0"),
 }  # fmt: skip
 
 
@@ -239,7 +278,7 @@ def test_an_error_in_the_kernel_is_seen(name):
     if name == "sums of another largest score":  # seen where a warp has two blocks of keys
         cases = [({"n_head": 16, "n_embd": 128, "n_layer": 1, "window": 1100}, 1120)]
     else:  # two slices of keys
-        sizes = {"n_head": 1, "n_embd": 32, "fusion": "logits", "haar": [1] * 16 + [2] * 16, "n_layer": 1}
+        sizes = {"n_head": 1, "n_embd": 32, "fusion": "logits", "haar": [1] * 16 + [2] * 16, "n_layer": 2}
         cases = [({**sizes, "window": window}, n) for window, n in ((65, 0), (65, 126), (128, 0))]
     packs = [pack_of(**sizes) for sizes, _ in cases]
     states = [transformer_state(pack, 1) for pack in packs]
@@ -267,10 +306,10 @@ def test_an_error_in_the_kernel_is_seen(name):
 
 def test_launcher_takes_the_planned_kernel(monkeypatch):
     pack = pack_of(n_head=2, n_embd=32, window=70)
-    assert launch(monkeypatch, "transformer", H100, pack) == [[4, shared_bytes(pack.shape, 4)]]
-    assert launch(monkeypatch, "transformer", H100._replace(clusters=(0, 0)), pack) == [
-        [1, shared_bytes(pack.shape, 1)]
-    ]
+    all_kept = pack.shape.n_layer + 1
+    for gpu, blocks, staged in ((H100, 4, 2), (H100._replace(clusters=(0, 0)), 1, 0)):
+        n_bytes = shared_bytes(pack.shape, blocks, all_kept, staged)
+        assert launch(monkeypatch, "transformer", gpu, pack) == [[blocks, n_bytes, all_kept, staged]]
     codes, _ = launch(monkeypatch, "transformer", Gpu((7, 5), 46, 65536), pack)
     assert torch.equal(codes, transformer_generate(pack, transformer_state(pack, 2), philox_uniform(0, 2, 8)))
 
@@ -282,7 +321,13 @@ def test_explain_names_the_plan(monkeypatch):
     monkeypatch.setattr(door, "implementation", lambda *_: "CUDA C++ (sm_90a)")
     for gpu_there, kernel, why in (
         (H100, "cuda_cluster (bfloat16, bfloat16 cache)", "a cluster of 4 blocks a stream shares 4 slices"),
-        (H100._replace(clusters=(0, 0)), "cuda_general (bfloat16, bfloat16 cache)", "no clusters on this GPU; 2 block"),
+        (
+            H100,
+            "cuda_cluster (bfloat16, bfloat16 cache)",
+            "the output and of all 2 layers, each layer's keys and values",
+        ),
+        (H100._replace(clusters=(0, 0)), "cuda_general (bfloat16, bfloat16 cache)", "all 2 layers; 2 block"),
+        (H100._replace(clusters=(0, 0)), "cuda_general (bfloat16, bfloat16 cache)", "no clusters on this GPU; in sh"),
         (Gpu((7, 5), 46, 65536), REFERENCE, "sm_75 is older than sm_80"),
     ):
         monkeypatch.setattr(door, "gpu_facts", lambda _, gpu_there=gpu_there: gpu_there)
