@@ -84,13 +84,20 @@ struct Attention : Block {
       reinterpret_cast<uint16_t*>(cell)[member] = uint16_t(ptx::pack(value, 0.0f, ptx::BFloat16{}));
   }
 
+  // Of a head, that has this block of keys.
+  __device__ int part_of(int block) const {
+    int part = 0;
+    while (c.first_key_block[part + 1] <= block) part++;
+    return part;
+  }
+
   // Turns q by the position; the turned key and the value go into their slot, if this block has it: in the state, and
   // in what is staged of it.
   template <class Cache>
   __device__ void remember(const Ring& ring, const Ring& staged) const {
     constexpr int g = Cache::kGroup;
     const int d = c.headdim, d16 = c.head_rows, half = d / 2, block = slot / int(kKeyBlock), in_block = slot % 64;
-    const int part = block * c.parts / c.key_blocks();
+    const int part = part_of(block);
     float *q = floats(at.qkv), *k = q + heads.count() * d16, *v = k + heads.count() * d16;
     const auto mine = [&](int head) {
       const int unit = head * c.parts + part;
@@ -98,10 +105,11 @@ struct Attention : Block {
     };
 #pragma unroll 1
     for (int i = thread_of(); i < heads.count() * half; i += kThreads) {
-      const int head = heads.first + i / half, a = i / half * d16 + i % half, b = a + half;
+      const Quotient of(i, half);
+      const int head = heads.first + of.quotient, channel = of.remainder, a = of.quotient * d16 + channel, b = a + half;
       float low = k[a], high = k[b];
       if (c.positions == kRotary) {
-        const float cosine = floats(at.cos)[i % half], sine = floats(at.sin)[i % half], x = q[a], y = q[b];
+        const float cosine = floats(at.cos)[channel], sine = floats(at.sin)[channel], x = q[a], y = q[b];
         q[a] = x * cosine - y * sine;
         q[b] = y * cosine + x * sine;
         low = k[a] * cosine - k[b] * sine;
@@ -110,21 +118,23 @@ struct Attention : Block {
       if (!mine(head)) continue;
       const auto write = [&](const Ring& to) {
         uint32_t* cells = keys_at(to, head, block) + in_block;
-        write_cell<Cache>(cells + i % half / g * kKeyBlock, i % half % g, low);
-        write_cell<Cache>(cells + (i % half + half) / g * kKeyBlock, (i % half + half) % g, high);
+        write_cell<Cache>(cells + channel / g * kKeyBlock, channel % g, low);
+        write_cell<Cache>(cells + (channel + half) / g * kKeyBlock, (channel + half) % g, high);
       };
       write(ring);
       if (c.staged > 0) write(staged);
     }
 #pragma unroll 1
-    for (int i = thread_of(); i < heads.count() * d16; i += kThreads)
-      if (const int head = heads.first + i / d16; mine(head)) {
+    for (int i = thread_of(); i < heads.count() * d16; i += kThreads) {
+      const Quotient of(i, d16);
+      if (const int head = heads.first + of.quotient; mine(head)) {
         const auto write = [&](const Ring& to) {
-          write_cell<Cache>(values_at(to, head, block) + in_block / g * d16 + i % d16, in_block % g, v[i]);
+          write_cell<Cache>(values_at(to, head, block) + in_block / g * d16 + of.remainder, in_block % g, v[i]);
         };
         write(ring);
         if (c.staged > 1) write(staged);
       }
+    }
 #ifdef AK_CLUSTERS
     if (c.staged > 0) ptx::fence_async_global();  // before the bulk copies that read and overwrite it
 #endif
@@ -137,9 +147,9 @@ struct Attention : Block {
                               int from) const {
     constexpr int g = Cache::kGroup;
     const int d = c.headdim, d16 = c.head_rows, lane = lane_of(), quads = lesser(d16 / 4 - from, 32);
-    int width = 4;  // lanes that share a row of values
-    while (width < quads) width *= 2;
-    const int quad = lane % width, row = lane / width, rows = 32 / width;
+    int shift = 2;  // 2^shift lanes share a row of values
+    while (1 << shift < quads) shift++;
+    const int width = 1 << shift, quad = lane & (width - 1), row = lane >> shift, rows = 32 >> shift;
     float most = -INFINITY, sum = 0.0f, sums[4] = {};
     float* weights = floats(at.weights) + warp_of() * kKeyBlock;
 #pragma unroll 1
@@ -202,6 +212,7 @@ struct Attention : Block {
     const float scale = total > 0.0f ? weight / total : 0.0f;
     for (int i = lane; i < rounded(d16, 32); i += 32) {  // whole warps
       float value = 0.0f;
+#pragma unroll 8
       for (int sub = 0; sub < subs; sub++)
         value = fmaf(__shfl_sync(kAllLanes, scale, sub), results[sub * stride + 4 + (i < d16 ? i : 0)], value);
       if (i < d16) attended[i] = value;
@@ -223,7 +234,7 @@ struct Attention : Block {
       for (int task = warp_of(); task < units * subs; task += kWarps) {
         const Quotient unit(task, subs);
         const Quotient head(first + unit.quotient - heads.first * c.parts, c.parts);  // of this block's
-        const int begin = c.first_key_block(head.remainder), end = c.first_key_block(head.remainder + 1);
+        const int begin = c.first_key_block[head.remainder], end = c.first_key_block[head.remainder + 1];
         for (int from = 0; from < d16 / 4; from += 32)  // once, unless a head has more than 128 channels
           attend_some<Cache>(ring, heads.first + head.quotient, begin + unit.remainder, end,
                              floats(at.qkv) + head.quotient * d16, floats(at.states) + task * stride, from);

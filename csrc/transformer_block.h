@@ -8,7 +8,6 @@ namespace audiokernels {
 namespace {
 
 constexpr int kThreads = kTransformerThreads, kWarps = kThreads / 32;
-constexpr int kSubs = 8;          // lanes that share the inputs of 16 rows, four rows each
 constexpr float kFaint = -40.0f;  // as on the CPU: a weight of e^-40 of the largest is lost in float32
 
 __device__ inline float weight_of(float x) { return x < kFaint ? 0.0f : exp_clamped(x, -kFaint); }
@@ -53,7 +52,7 @@ struct Block {
   __device__ float* floats(int offset) const { return reinterpret_cast<float*>(shared + offset); }
   __device__ int* ints(int offset) const { return reinterpret_cast<int*>(shared + offset); }
   __device__ int& code() const { return *ints(at.code); }  // the last one
-  __device__ Cut share(int n) const { return Cut::of(n, rank, c.blocks); }
+  __device__ Cut share(const Slices& slices) const { return {slices, rank}; }
 };
 
 }  // namespace

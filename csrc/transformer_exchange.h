@@ -66,7 +66,7 @@ struct Together {
   }
   __device__ void put(int offset, float v) const {
     const uint32_t to = ptx::shared_address(here() + offset);
-#pragma unroll 1
+#pragma unroll 4
     for (int rank = 0; rank < blocks; rank++)
       ptx::store_async(ptx::map_shared(to, rank), __float_as_uint(v), ptx::map_shared(bar(), rank));
   }

@@ -13,7 +13,6 @@
 namespace audiokernels {
 namespace {
 
-constexpr int kInputParts = 4;     // warps that share the inputs of 16 rows
 constexpr int kPassGroups = 64;    // of 16 rows
 constexpr int kPoolParts = 8;      // threads that share the past rows of a channel
 constexpr float kEpsilon = 1e-5f;  // of the norms
@@ -81,7 +80,7 @@ struct Net : Attention {
   template <class Put>
   __device__ void rows_of(const Operand& m, const float* in, Put put) const {
     const In* inputs = prepare(in, 1, c.embd_rows());
-    const int parts = lesser(kInputParts, above(m.steps, kSubs)), each = above(m.steps, parts);
+    const int parts = c.input_parts, each = c.input_steps;
     Sum* partial = reinterpret_cast<Sum*>(shared + at.partial);
     for (int pass = 0; pass < m.groups; pass += kPassGroups) {
       const int here = lesser(m.groups - pass, kPassGroups);
@@ -148,13 +147,14 @@ struct Net : Attention {
   __device__ float part_share(const float* merge, const Cut& cut) const {
     const int lane = lane_of();
     if (lane >= cut.count) return 0.0f;
-    const float* head = merge + 2 * (lane / cut.repeat * cut.repeat);
+    const Quotient which(lane, cut.repeat);
+    const float* head = merge + 2 * (lane - which.remainder);
     float most = -INFINITY, total = 0.0f, mine = 0.0f;
     for (int part = 0; part < cut.repeat; part++) most = fmaxf(most, head[2 * part]);
     for (int part = 0; part < cut.repeat; part++) {
       const float sum = head[2 * part + 1], weight = sum > 0.0f ? sum * weight_of(head[2 * part] - most) : 0.0f;
       total += weight;
-      if (part == lane % cut.repeat) mine = weight;
+      if (part == which.remainder) mine = weight;
     }
     return total > 0.0f ? mine / total : 0.0f;
   }
@@ -166,7 +166,7 @@ struct Net : Attention {
     const In* inputs = prepare(in, m.taps * cut.local(), cut.width);
     for (int first = 0; first < m.rows; first += at.buffer_rows) {
       const int rows = lesser(m.rows - first, at.buffer_rows), groups = rows / 16, behind = cut.count * rows;
-      exchange.begin(4 * behind + (merge ? 8 * cut.count : 0), cut.blocks_with_some(c.blocks));
+      exchange.begin(4 * behind + (merge ? 8 * cut.count : 0), cut.senders);
 #pragma unroll 1
       for (int task = warp_of(); task < groups * cut.local(); task += kWarps) {
         const Quotient which(task, groups);
@@ -183,6 +183,7 @@ struct Net : Attention {
       for (int i = thread_of(); i < rounded(rows, 32); i += kThreads) {  // whole warps
         const int row = first + (i < rows ? i : 0);
         float total = (i < kThreads ? first_bias : m.bias[row]) + (finish == kAdd ? to[row] : 0.0f);
+#pragma unroll 8
         for (int s = 0; s < cut.count; s++)
           total = fmaf(__shfl_sync(kAllLanes, share, s), sums[s * rows + (i < rows ? i : 0)], total);
         if (i < rows) to[row] = finish == kRelu ? fmaxf(total, 0.0f) : total;
@@ -229,7 +230,7 @@ struct Net : Attention {
     float *vector = floats(at.vector), *taps = floats(at.taps);
     for (int i = thread_of(); i < rows; i += kThreads) vector[i] = __ldg(table + int64_t(code()) * rows + i);
     __syncthreads();
-    const Cut cut = share(c.context);
+    const Cut cut = share(c.context_slices);
     const int channels = cut.local() * cut.width;
     int64_t ring_at = kStateHeader;
     int d = 1;
@@ -280,7 +281,7 @@ struct Net : Attention {
     if (c.condition && (position == start() || position % c.hop == 0)) project_condition();
     if (c.n_width) {
       run_context(p);
-      const Cut cut = share(c.code);
+      const Cut cut = share(c.code_slices);
       reduce(all_rows(fuse_matrix(p)), cut, floats(at.vector) + cut.first * cut.width, fused, kSet);
     }
     __syncthreads();
@@ -299,10 +300,10 @@ struct Net : Attention {
 
   // Causal Haar pooling: the mean of the last 2^level rows of every channel. Each block has some channels.
   __device__ void pool(int64_t ring_at) {
-    const int groups = c.embd_rows() / 16, each = above(groups, c.blocks);
-    const int begin = 16 * lesser(rank * each, groups), end = 16 * lesser((rank + 1) * each, groups);
+    const Cut groups = share(c.embd_groups);
+    const int begin = 16 * groups.first, end = 16 * groups.end;
     float *x = floats(at.x), *partial = floats(at.partial);
-    exchange.begin(4 * c.embd_rows(), above(groups, each));
+    exchange.begin(4 * c.embd_rows(), groups.senders);
     for (int first = begin; first < end; first += kThreads / kPoolParts) {
       const int here = lesser(end - first, kThreads / kPoolParts), part = thread_of() / here;
       const int channel = first + thread_of() % here;
@@ -342,7 +343,7 @@ struct Net : Attention {
   // Of the pack: q, k and v and what follows attention, or the two of the MLP.
   __device__ Half half_of(bool mlp, const uint8_t*& p) const {
     const int inner_rows = rounded(c.n_inner, 16), head_groups = c.head_rows / 16;
-    const Cut inner = share(c.n_inner);
+    const Cut inner = share(c.inner);
     const PackedMatrix in = read_matrix<Dot>(p, mlp ? inner_rows : 3 * c.heads_rows(), 1, c.n_embd);
     const PackedMatrix out = read_matrix<Dot>(p, c.embd_rows(), 1, mlp ? c.n_inner : c.heads_rows());
     const int first = mlp ? inner.first * inner.width / 16 : heads.first * head_groups;
@@ -352,7 +353,7 @@ struct Net : Attention {
   }
   // The block's part of it in shared memory, from `to` on.
   __device__ Half resident_half(bool mlp, const Half& whole, char*& to) const {
-    const Cut inner = share(c.n_inner);
+    const Cut inner = share(c.inner);
     const int first = (mlp ? inner.first * inner.width : heads.first * c.head_rows) / Dot::kGroup;
     const int end = (mlp ? inner.end * inner.width : heads.end * c.head_rows) / Dot::kGroup;
     const Operand in = resident_part<Dot>(whole.in, 0, whole.in.steps, to);
@@ -360,9 +361,9 @@ struct Net : Attention {
   }
   // The output's rows of this block.
   __device__ Operand output_of(const uint8_t* p) const {
-    const int all = c.class_rows() / 16, each = above(all, c.blocks), first = lesser(rank * each, all);
-    const int groups = lesser(first + each, all) - first;
-    return {read_matrix<Dot>(p, c.class_rows(), 1, c.n_embd), first, groups, larger(groups, 1), 0, 0};
+    const Cut groups = share(c.class_groups);
+    const PackedMatrix m = read_matrix<Dot>(p, c.class_rows(), 1, c.n_embd);
+    return {m, groups.first, groups.local(), larger(groups.local(), 1), 0, 0};
   }
 
   __device__ void load_weights() const {
@@ -399,18 +400,18 @@ struct Net : Attention {
         else
           attend<DotBFloat16>(i, next);
       }
-      reduce(half.out, mlp ? share(c.n_inner) : Cut::heads(c, rank), floats(mlp ? at.inner : at.attended), floats(at.x),
-             kAdd, !mlp && c.parts > 1 ? floats(at.merge) : nullptr);
+      reduce(half.out, share(mlp ? c.inner : c.attended), floats(mlp ? at.inner : at.attended), floats(at.x), kAdd,
+             !mlp && c.parts > 1 ? floats(at.merge) : nullptr);
     }
     if (c.n_haar) pool(c.first_ring + i * c.layer_floats + c.ring_floats());
   }
 
   __device__ void find_logits(const uint8_t* p, char* to) {
     Operand out = output_of(p);
-    const int first = 16 * out.first, senders = above(c.class_rows(), 16 * above(c.class_rows() / 16, c.blocks));
+    const int first = 16 * out.first;
     if (c.resident > 0) out = resident_part<Dot>(out, 0, out.steps, to);
     normalize();
-    exchange.begin(4 * c.class_rows(), senders);
+    exchange.begin(4 * c.class_rows(), c.class_groups.senders);
     rows_of(out, floats(at.h), [&](int i, float v) { exchange.put(first + i, v); });
     const float* rows = exchange.finish();
     for (int i = thread_of(); i < c.class_rows(); i += kThreads)

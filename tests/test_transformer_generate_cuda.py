@@ -264,8 +264,8 @@ EDITS = {
     "the position's own key is missing": ("if (c.staged > 0) write(staged);", ""),
     "the position's own value is missing": ("if (c.staged > 1) write(staged);", ""),
     "keys of another layer": ("if (next >= 0) stage(next);", "if (next >= 0) stage(layer);"),
-    "keys copied while others are read": ("    __syncthreads();\n    const int subs",
-                                          "    __syncthreads();\n    if (next >= 0) stage(next), next = -1;\n    const int subs"),
+    "keys copied while others are read": ("for (int first = heads.first_unit;",
+                                          "if (next >= 0) stage(next), next = -1;\nfor (int first = heads.first_unit;"),
     "keys copied when nobody needs them": ("t + 1 < c.n ? 0 : -1", "0"),
 }  # fmt: skip
 
