@@ -181,7 +181,7 @@ def shared_bytes(shape: TransformerShape, blocks: int, resident: int = 0, staged
     numbers += [12 * heads * head, 4 * attended, 8 * each, 4 * inner, 4 * classes, 4 * shape.fuse_rows]
     numbers += [4 * vector, 4 * taps, 4 * max(4 * min(rows, 1024), THREADS, classes // 16)]
     numbers += [4 * states, THREADS // 8 * KEY_BLOCK, *([packed, scales] if shape.dtype == torch.int8 else [])]
-    numbers += [4 * len(shape.widths), 4, 24, 4 * buffer * buffers, resident_bytes(shape, blocks, resident)]
+    numbers += [4 * len(shape.widths), 4, 4, 24, 4 * buffer * buffers, resident_bytes(shape, blocks, resident)]
     numbers += [kept_keys * shape.headdim * (staged > 0), kept_keys * head * (staged > 1)]
     return sum(round_up(n, 16) for n in numbers)
 

@@ -135,9 +135,6 @@ struct Attention : Block {
         if (c.staged > 1) write(staged);
       }
     }
-#ifdef AK_CLUSTERS
-    if (c.staged > 0) ptx::fence_async_global();  // before the bulk copies that read and overwrite it
-#endif
   }
 
   // Warp task of attention: the key blocks first, first + subs, .. < end of a head, with a running largest score.
@@ -150,10 +147,11 @@ struct Attention : Block {
     int shift = 2;  // 2^shift lanes share a row of values
     while (1 << shift < quads) shift++;
     const int width = 1 << shift, quad = lane & (width - 1), row = lane >> shift, rows = 32 >> shift;
-    float most = -INFINITY, sum = 0.0f, sums[4] = {};
+    const int subs = ptx::opaque(c.subs);              // or the compiler divides by it, to count the turns
+    float most = -INFINITY, sum = 0.0f, sums[4] = {};  // sum: of the lane's two keys of each block
     float* weights = floats(at.weights) + warp_of() * kKeyBlock;
 #pragma unroll 1
-    for (int block = first; block < end && int64_t(block) * kKeyBlock <= position; block += c.subs) {
+    for (int block = first; block < end && int64_t(block) * kKeyBlock <= position; block += subs) {
       const uint32_t* values = values_at(ring, head, block) + 4 * (from + quad);
       uint4 ahead[kAhead];  // of the values, on their way while the scores are made
       for (int j = 0; j < kAhead && quad < quads && row + j * rows < kKeyBlock / g; j++)
@@ -172,11 +170,11 @@ struct Attention : Block {
         if (age >= c.window || age > position) scores[i] = -INFINITY;
       }
       const float largest = fmaxf(most, warp_max(fmaxf(scores[0], scores[1])));
-      if (largest == -INFINITY) continue;  // the window ends within this block, before its first key
-      const float fade = sum > 0.0f ? weight_of(most - largest) : 0.0f;
+      if (largest == -INFINITY) continue;            // the window ends within this block, before its first key
+      const float fade = weight_of(most - largest);  // 0 of -infinity
       most = largest;
       for (int i = 0; i < 2; i++) scores[i] = scores[i] == -INFINITY ? 0.0f : weight_of(scores[i] - largest);
-      sum = fmaf(sum, fade, warp_sum(scores[0] + scores[1]));
+      sum = fmaf(sum, fade, scores[0] + scores[1]);
       *reinterpret_cast<float2*>(weights + 2 * lane) = float2{scores[0], scores[1]};
       __syncwarp();
       for (int i = 0; i < 4; i++) sums[i] *= fade;
@@ -191,6 +189,7 @@ struct Attention : Block {
     }
     for (int bits = 16; bits >= width; bits /= 2)
       for (int i = 0; i < 4; i++) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], bits);
+    sum = warp_sum(sum);
     if (lane == 0) result[0] = most, result[1] = sum;
     if (row == 0 && quad < quads)
       *reinterpret_cast<float4*>(result + 4 + 4 * (from + quad)) = {sums[0], sums[1], sums[2], sums[3]};
@@ -220,9 +219,9 @@ struct Attention : Block {
     if (lane == 0 && c.parts > 1) merge[0] = most, merge[1] = total;
   }
 
-  // Of a layer; `next` is the one that attends after it, -1 if none does.
+  // Of a layer. A barrier and stage() must follow.
   template <class Cache>
-  __device__ void attend(int layer, int next) {
+  __device__ void attend(int layer) {
     const Ring ring = staged_of(ring_of(layer));
     await_staging();
     remember<Cache>(ring_of(layer), ring);
@@ -248,7 +247,10 @@ struct Attention : Block {
       }
       __syncthreads();
     }
-    if (next >= 0) stage(next);
+#ifdef AK_CLUSTERS
+    // What `remember` wrote, bulk copies read and overwrite; by now the fence finds the writes done.
+    if (c.staged > 0) ptx::fence_async_global();
+#endif
   }
 };
 

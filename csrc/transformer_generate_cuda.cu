@@ -1,11 +1,14 @@
 // Transformer generation on a GPU: one launch draws all samples, a block of threads a stream, or from compute
 // capability 9.0 on a cluster of blocks a stream. Compiled, and run on the host by the tests; not yet run on a GPU.
 //
-// The blocks of a stream all know x, the normalised x, the logits and the code. Each has some heads, or a part of one
+// The blocks of a stream all know x, the centred x, the logits and the code. Each has some heads, or a part of one
 // head's keys, some rows of the MLP and of the output, and what the state remembers of them: what a block writes into
 // the state no other block reads. Products that follow (proj, down, the context network) multiply a slice of their
 // inputs in each block; the slices' sums go to all blocks, which add them in order: one exchange after attention, one
 // after the MLP. Slices are the same for every number of blocks, and so are the codes.
+//
+// A step is a chain of latencies, one stream's rows are few: what does not depend on the last sample is out of it. Keys
+// are copied to shared memory a layer ahead, weights lie there from the start, as far as there is room.
 #include "transformer_attention.h"
 #include "transformer_exchange.h"
 #include "transformer_resident.h"
@@ -76,10 +79,12 @@ struct Net : Attention {
       for (int bits = 4; bits < 32; bits *= 2) sums[i] += __shfl_xor_sync(kAllLanes, sums[i], bits);
   }
 
-  // put(i, sum + bias) for row i of the operand. Ends synchronised.
+  // put(i, sum + bias) for row i of the operand times the normalised x. Ends synchronised.
   template <class Put>
-  __device__ void rows_of(const Operand& m, const float* in, Put put) const {
-    const In* inputs = prepare(in, 1, c.embd_rows());
+  __device__ void rows_of(const Operand& m, Put put) const {
+    center();
+    const In* inputs = prepare(floats(at.h), 1, c.embd_rows());
+    if (warp_of() == kWarps - 1) find_scale();  // it has the fewest tasks
     const int parts = c.input_parts, each = c.input_steps;
     Sum* partial = reinterpret_cast<Sum*>(shared + at.partial);
     for (int pass = 0; pass < m.groups; pass += kPassGroups) {
@@ -105,9 +110,9 @@ struct Net : Attention {
         Sum sum = partial[i];
         for (int part = 1; part < parts; part++) sum += partial[part * here * 16 + i];
         if constexpr (Dot::kByTap)
-          put(16 * pass + i, fmaf(float(sum), m.scale[row] * floats(at.scales)[0], bias));
+          put(16 * pass + i, fmaf(float(sum), m.scale[row] * (floats(at.scales)[0] * floats(at.norm)[0]), bias));
         else
-          put(16 * pass + i, sum + bias);
+          put(16 * pass + i, fmaf(sum, floats(at.norm)[0], bias));
       }
       __syncthreads();
     }
@@ -192,25 +197,31 @@ struct Net : Attention {
     }
   }
 
-  // x centred and scaled into h: the affine part is in the matrix that follows. Each warp finds the mean for itself.
-  __device__ void normalize() const {
-    const float *x = floats(at.x), count = float(c.n_embd);
-    float sum = 0.0f, squares = 0.0f;
+  // x centred into h. What makes its variance 1 is found beside the product with h, and multiplied into its sums; the
+  // affine part is in the matrix. Each warp finds the mean for itself.
+  __device__ void center() const {
+    const float* x = floats(at.x);
+    float sum = 0.0f;
     for (int i = lane_of(); i < c.n_embd; i += 32) sum += x[i];
-    const float mean = warp_sum(sum) / count;
-    for (int i = lane_of(); i < c.n_embd; i += 32) squares = fmaf(x[i] - mean, x[i] - mean, squares);
-    const float scale = 1.0f / sqrtf(warp_sum(squares) / count + kEpsilon);
-    for (int i = thread_of(); i < c.embd_rows(); i += kThreads)
-      floats(at.h)[i] = i < c.n_embd ? (x[i] - mean) * scale : 0.0f;
+    const float mean = warp_sum(sum) * c.inverse_embd;
+    for (int i = thread_of(); i < c.embd_rows(); i += kThreads) floats(at.h)[i] = i < c.n_embd ? x[i] - mean : 0.0f;
     __syncthreads();
+  }
+  __device__ void find_scale() const {  // by a warp
+    const float* h = floats(at.h);
+    float squares = 0.0f;
+    for (int i = lane_of(); i < c.n_embd; i += 32) squares = fmaf(h[i], h[i], squares);
+    squares = warp_sum(squares) * c.inverse_embd;
+    if (lane_of() == 0) floats(at.norm)[0] = 1.0f / sqrtf(squares + kEpsilon);
   }
 
   // ---- the parts around attention
 
-  __device__ void find_angles() const {
+  // Of a position, by the threads from `first` on.
+  __device__ void find_angles(int64_t of, int first) const {
     const double* turns = reinterpret_cast<const double*>(shared + at.frequency);
-    for (int i = thread_of(); i < c.angles(); i += kThreads) {
-      const double turn = double(position) * turns[i];
+    for (int i = thread_of() - first; i < c.angles(); i += kThreads - first) {
+      const double turn = double(of) * turns[i];
       sincospif(2.0f * float(turn - rint(turn)), floats(at.sin) + i, floats(at.cos) + i);
     }
   }
@@ -277,7 +288,6 @@ struct Net : Attention {
   __device__ void embed(const uint8_t*& p) {
     const int rows = c.embd_rows();
     float *x = floats(at.x), *fused = floats(at.fused);
-    find_angles();
     if (c.condition && (position == start() || position % c.hop == 0)) project_condition();
     if (c.n_width) {
       run_context(p);
@@ -384,7 +394,8 @@ struct Net : Attention {
     load_part<Dot>(out, resident_part<Dot>(out, 0, out.steps, to));
   }
 
-  // p: the layer in the pack, `to` in shared memory. A loop over the halves, so that their code exists once.
+  // p: the layer in the pack, `to` in shared memory; `next` attends after it, or -1: none does. A loop over the halves,
+  // so that their code exists once.
   __device__ void layer(int i, int next, const uint8_t*& p, char*& to) {
 #pragma unroll 1
     for (int n = 0; n < 2; n++) {
@@ -392,16 +403,16 @@ struct Net : Attention {
       Half half = half_of(mlp, p);
       if (i < c.resident - 1) half = resident_half(mlp, half, to);
       float* rows = floats(mlp ? at.inner : at.qkv);
-      normalize();
-      rows_of(half.in, floats(at.h), [&](int i, float v) { rows[i] = mlp ? fmaxf(v, 0.0f) : v; });
+      rows_of(half.in, [&](int i, float v) { rows[i] = mlp ? fmaxf(v, 0.0f) : v; });
       if (!mlp) {
         if (c.cache == kFloat32)
-          attend<DotFloat32>(i, next);
+          attend<DotFloat32>(i);
         else
-          attend<DotBFloat16>(i, next);
+          attend<DotBFloat16>(i);
       }
       reduce(half.out, share(mlp ? c.inner : c.attended), floats(mlp ? at.inner : at.attended), floats(at.x), kAdd,
              !mlp && c.parts > 1 ? floats(at.merge) : nullptr);
+      if (!mlp && next >= 0) stage(next);
     }
     if (c.n_haar) pool(c.first_ring + i * c.layer_floats + c.ring_floats());
   }
@@ -410,16 +421,15 @@ struct Net : Attention {
     Operand out = output_of(p);
     const int first = 16 * out.first;
     if (c.resident > 0) out = resident_part<Dot>(out, 0, out.steps, to);
-    normalize();
     exchange.begin(4 * c.class_rows(), c.class_groups.senders);
-    rows_of(out, floats(at.h), [&](int i, float v) { exchange.put(first + i, v); });
+    rows_of(out, [&](int i, float v) { exchange.put(first + i, v); });
     const float* rows = exchange.finish();
     for (int i = thread_of(); i < c.class_rows(); i += kThreads)
       floats(at.logits)[i] = rows[i] + (c.fusion == kFuseLogits ? floats(at.fused)[i] : 0.0f);
     __syncthreads();
   }
 
-  // The code of step t, by the first warp of every block alike.
+  // The code of step t, by the first warp of every block alike; the next position's angles by the others.
   __device__ void choose(int64_t t) {
     if (warp_of() == 0) {
       float* logits = floats(at.logits);
@@ -432,6 +442,8 @@ struct Net : Attention {
         code() = chosen;
         if (rank == 0) write_code(c, stream(), t, chosen);
       }
+    } else {
+      find_angles(position + 1, 32);
     }
     __syncthreads();
   }
@@ -456,6 +468,7 @@ struct Net : Attention {
     start_staging();
     exchange.start();
     __syncthreads();
+    find_angles(position, 0);
     stage(0);
   }
 

@@ -52,6 +52,7 @@ struct TransformerCall : CudaCall {
   Slices attended, inner, context_slices, code_slices, class_groups, embd_groups;  // the last two: groups of 16 rows
   int input_parts, input_steps;      // warps that share the inputs of rows of x, and steps of each
   int first_key_block[kSlices + 1];  // of each part of a head
+  float inverse_embd;                // 1 / n_embd
   int key_words, value_words;        // 32-bit ones, of a block of keys of a head
   int64_t first_ring, layer_floats;  // of a stream's state: where the layers' begin, and what each takes
 
@@ -71,7 +72,7 @@ struct TransformerCall : CudaCall {
   // Once the sizes and the blocks are known. Heads and their keys are cut alike for every batch and number of blocks: a
   // few heads with all their keys are a slice, or, where there are few heads, one head with a part of them.
   void finish() {
-    headdim = n_embd / n_head, head_rows = rounded(headdim, 16);
+    headdim = n_embd / n_head, head_rows = rounded(headdim, 16), inverse_embd = 1.0f / float(n_embd);
     parts = n_head < kSlices ? lesser(kSlices / n_head, key_blocks()) : 1;
     for (int part = 0; part <= parts; part++) first_key_block[part] = above(part * key_blocks(), parts);
     heads_of_slice = above(n_head, kSlices);
@@ -133,7 +134,7 @@ __host__ __device__ constexpr int part_bytes(int dtype, int rows, int inputs) {
 // Byte offsets into shared memory, the same in every block of a stream. audiokernels/transformer_plan.py knows the sum.
 struct TransformerPlaces {
   int frequency, cos, sin, x, h, base, qkv, attended, merge, inner, logits, fused, vector, taps, partial, states,
-      weights, packed, scales, slots, code, bars, buffer, resident, keys, values;
+      weights, packed, scales, slots, code, norm, bars, buffer, resident, keys, values;
   int bytes;
   int buffer_rows, buffer_floats, wave;  // wave: units of attention at a time
 
@@ -171,7 +172,7 @@ struct TransformerPlaces {
     partial = take(4 * larger(larger(4 * lesser(rows, 1024), kTransformerThreads), c.class_rows() / 16));
     states = take(4 * wave * c.subs * (head + 4)), weights = take(4 * kTransformerThreads / 32 * int(kKeyBlock));
     packed = take(c.dtype == kInt8 ? inputs : 0), scales = take(c.dtype == kInt8 ? 4 * kSlices * larger(width, 1) : 0);
-    slots = take(4 * c.n_width), code = take(4), bars = take(24);
+    slots = take(4 * c.n_width), code = take(4), norm = take(4), bars = take(24);
     buffer = take(4 * buffer_floats * (blocks > 1 ? 2 : 1));
     resident = take(0);
     if (c.resident > 0)
