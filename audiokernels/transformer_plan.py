@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from audiokernels._gpu import Gpu, device_facts
-from audiokernels._packing import GROUP, round_up
+from audiokernels._packing import GROUP, matrix_bytes, round_up
 from audiokernels.backends import REFERENCE
 from audiokernels.transformer_pack import KEY_BLOCK, TransformerShape
 
@@ -90,6 +90,13 @@ def kept(shape: TransformerShape, blocks: int, shared_memory: int) -> tuple[int,
     staged = int(blocks > 1 and fits(0, 1))
     resident = next((n for n in range(shape.n_layer + 1, 0, -1) if fits(n, staged)), 0)
     return resident, 2 if staged and fits(resident, 2) else staged
+
+
+def read_once(shape: TransformerShape, resident: int) -> int:
+    """Bytes of the pack that a call reads once, and not in every step."""
+    layers = [f"{part}.{layer}" for part in ("qkv", "proj", "up", "down") for layer in range(resident - 1)]
+    names = {"out", *layers} if resident else ()
+    return sum(matrix_bytes(shape.dtype, *sizes) for name, *sizes in shape.matrices() if name in names)
 
 
 def what_is_kept(shape: TransformerShape, resident: int, staged: int) -> str:
