@@ -37,9 +37,9 @@ struct Attention : Block {
   // A layer's, with what is staged of it.
   __device__ Ring staged_of(Ring ring) const {
     if (c.staged > 0)
-      ring.keys = reinterpret_cast<uint32_t*>(shared + at.keys) - int64_t(heads.first_key) * c.key_words;
+      ring.keys = reinterpret_cast<uint32_t*>(shared + at.keys) - int64_t(heads.first_key(c)) * c.key_words;
     if (c.staged > 1)
-      ring.values = reinterpret_cast<uint32_t*>(shared + at.values) - int64_t(heads.first_key) * c.value_words;
+      ring.values = reinterpret_cast<uint32_t*>(shared + at.values) - int64_t(heads.first_key(c)) * c.value_words;
     return ring;
   }
   // Where a head's block of keys begins.
@@ -61,14 +61,13 @@ struct Attention : Block {
 #ifdef AK_CLUSTERS
     if (c.staged == 0 || thread_of() > 0) return;
     const uint32_t bar = ptx::shared_address(shared + at.bars + 16);
-    const int blocks = heads.end_key - heads.first_key;
+    const int first = heads.first_key(c), blocks = heads.key_count(c);
     const uint32_t keys = uint32_t(4 * blocks * c.key_words), values = uint32_t(4 * blocks * c.value_words);
     ptx::mbarrier_arrive_expect(bar, keys + (c.staged > 1 ? values : 0));
     if (blocks == 0) return;
     const Ring ring = ring_of(layer);
-    ptx::bulk_load(ptx::shared_address(shared + at.keys), keys_at(ring, 0, heads.first_key), keys, bar);
-    if (c.staged > 1)
-      ptx::bulk_load(ptx::shared_address(shared + at.values), values_at(ring, 0, heads.first_key), values, bar);
+    ptx::bulk_load(ptx::shared_address(shared + at.keys), keys_at(ring, 0, first), keys, bar);
+    if (c.staged > 1) ptx::bulk_load(ptx::shared_address(shared + at.values), values_at(ring, 0, first), values, bar);
 #endif
   }
   __device__ void await_staging() {
@@ -147,11 +146,11 @@ struct Attention : Block {
     int shift = 2;  // 2^shift lanes share a row of values
     while (1 << shift < quads) shift++;
     const int width = 1 << shift, quad = lane & (width - 1), row = lane >> shift, rows = 32 >> shift;
-    const int subs = ptx::opaque(c.subs);              // or the compiler divides by it, to count the turns
     float most = -INFINITY, sum = 0.0f, sums[4] = {};  // sum: of the lane's two keys of each block
     float* weights = floats(at.weights) + warp_of() * kKeyBlock;
+    // Opaque, or the compiler divides by it to count the turns.
 #pragma unroll 1
-    for (int block = first; block < end && int64_t(block) * kKeyBlock <= position; block += subs) {
+    for (int block = first; block < end && int64_t(block) * kKeyBlock <= position; block += ptx::opaque(c.subs)) {
       const uint32_t* values = values_at(ring, head, block) + 4 * (from + quad);
       uint4 ahead[kAhead];  // of the values, on their way while the scores are made
       for (int j = 0; j < kAhead && quad < quads && row + j * rows < kKeyBlock / g; j++)

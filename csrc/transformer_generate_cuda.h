@@ -110,7 +110,6 @@ struct Cut : Slices {
 // What a block has of the heads.
 struct Heads {
   int first_unit, end_unit, first, end;  // units, and the heads that they are of
-  int first_key, end_key;                // blocks of keys, of all heads one after the other
 
   __host__ __device__ Heads(const TransformerCall& c, int rank) {
     const Cut cut(c.attended, rank);
@@ -118,11 +117,18 @@ struct Heads {
     end_unit = lesser(cut.end * c.heads_of_slice, c.units());
     first = first_unit / c.parts;
     end = end_unit > first_unit ? (end_unit - 1) / c.parts + 1 : first;
-    first_key = first_unit / c.parts * c.key_blocks() + c.first_key_block[first_unit % c.parts];
-    end_key = end_unit / c.parts * c.key_blocks() + c.first_key_block[end_unit % c.parts];
   }
   __host__ __device__ int units() const { return end_unit - first_unit; }
   __host__ __device__ int count() const { return end - first; }
+  // Blocks of keys, of all heads one after the other.
+  __host__ __device__ int first_key(const TransformerCall& c) const {
+    return first * c.key_blocks() + c.first_key_block[first_unit - first * c.parts];
+  }
+  __host__ __device__ int key_count(const TransformerCall& c) const {
+    const int last = end - 1;
+    if (units() == 0) return 0;
+    return last * c.key_blocks() + c.first_key_block[end_unit - last * c.parts] - first_key(c);
+  }
 };
 
 // Bytes that so many rows and inputs of a matrix take in shared memory.
@@ -144,7 +150,7 @@ struct TransformerPlaces {
     for (int rank = 0; rank < blocks; rank++) {
       const Heads mine(c, rank);
       heads = larger(heads, mine.count()), units = larger(units, mine.units());
-      key_blocks = larger(key_blocks, mine.end_key - mine.first_key);
+      key_blocks = larger(key_blocks, mine.key_count(c));
     }
     int width = c.n_width ? 1 : 0;
     for (int i = 0; i < c.n_width; i++) width = larger(width, c.widths[i]);

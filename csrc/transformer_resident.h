@@ -44,7 +44,7 @@ __device__ void load_part(const Operand& whole, const Operand& part) {
     const_cast<float*>(part.bias)[i] = __ldg(whole.bias + row);
     if (Dot::kByTap) const_cast<float*>(part.scale)[i] = __ldg(whole.scale + row);
   }
-#pragma unroll 4
+#pragma unroll 2
   for (int i = thread_of(); i < part.steps * quads; i += kThreads) {
     const int step = i / quads + part.skipped, quad = i % quads;
     const_cast<uint4*>(part.lanes)[i] =
