@@ -187,7 +187,6 @@ __device__ inline int draw(const CudaCall& c, float* logit, int stride, float* s
   if (c.sampling.top_k > 0) leave_out(logit, stride, n_class, -INFINITY, {c.sampling.top_k, -INFINITY});
   const float inverse = 1.0f / c.sampling.temperature;
   int last = 0;  // the last class that can be drawn
-#pragma unroll 4
   for (int i = lane; i < 16 * blocks; i += 32) {
     const float l = i < n_class ? (logit[i * stride] - most) * inverse : -INFINITY;
     const float p = l >= -87.0f ? exp_clamped(l, 87.0f) : 0.0f;  // 0 of NaN too
@@ -204,33 +203,26 @@ __device__ inline int draw(const CudaCall& c, float* logit, int stride, float* s
   __syncwarp();
   for (int i = lane; i < blocks; i += 32) {
     float sum = 0.0f;
-#pragma unroll
     for (int j = 0; j < 16; j++) sum += logit[(16 * i + j) * stride];
     sums[i] = sum;
   }
   __syncwarp();
   float total = 0.0f;
-#pragma unroll 8
   for (int i = 0; i < blocks; i++) total += sums[i];
   const float target = u * total;
-  float sum = 0.0f, before = 0.0f;
-  int block = blocks;
-#pragma unroll 8
-  for (int i = 0; i < blocks;
-       i++) {  // every lane finds the same; without branches, so that loads are under way at once
-    const bool here = block == blocks && sum + sums[i] > target;
-    if (here) block = i, before = sum;
-    sum += sums[i];
+  float before = 0.0f;
+  for (int i = 0; i < blocks; i++) {  // every lane finds the same
+    if (before + sums[i] > target) {
+      float within = 0.0f;
+      for (int j = 0; j < 15; j++) {
+        within += logit[(16 * i + j) * stride];
+        if (before + within > target) return 16 * i + j;
+      }
+      return 16 * i + 15;
+    }
+    before += sums[i];
   }
-  if (block == blocks) return last;  // u * total was rounded up to the total
-  float within = 0.0f;
-  int chosen = 15;
-#pragma unroll
-  for (int j = 0; j < 15; j++) {
-    within += logit[(16 * block + j) * stride];
-    if (chosen == 15 && before + within > target) chosen = j;
-  }
-  return 16 * block + chosen;
+  return last;  // u * total was rounded up to the total
 }
 
 // ---- clusters
