@@ -32,7 +32,7 @@ from audiokernels._packing import LANES, round_up
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.sampling import Sampling
 from audiokernels.transformer_pack import KEY_BLOCK, TransformerPack, TransformerShape, transformer_unpack
-from audiokernels.transformer_plan import gpu_facts, transformer_generate_plan
+from audiokernels.transformer_plan import gpu_facts, read_once, transformer_generate_plan
 
 lib.define(
     "transformer_generate(Tensor weights, int[] shape, Tensor(a!) state, Tensor uniforms, Tensor? codes, "
@@ -330,7 +330,7 @@ def _launch(data, shape_ints, state, uniforms, codes, condition, temperature, re
 def _explain(pack: TransformerPack, state: Tensor, uniforms: Tensor, **_) -> Explanation:
     (batch, n), shape, device = uniforms.shape, pack.shape, pack.data.device.type
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in (shape.dtype, shape.cache_dtype))
-    served, reads = implementation("transformer_generate", device), 1  # of the pack, a step
+    served, reads, once = implementation("transformer_generate", device), 1, 0  # of the pack, a step; bytes, a call
     if served.startswith(REFERENCE):
         kernel, why = REFERENCE, served.removeprefix(f"{REFERENCE}: ")
     elif device == "cpu":
@@ -338,11 +338,11 @@ def _explain(pack: TransformerPack, state: Tensor, uniforms: Tensor, **_) -> Exp
         why = f"the compiled CPU kernel; {min(batch, torch.get_num_threads())} thread(s), each with a part of the batch"
     else:
         plan = transformer_generate_plan(shape, batch, gpu_facts(uniforms.device))
-        kernel, why, reads = plan.kernel, plan.why, max(1, batch)
+        kernel, why, reads, once = plan.kernel, plan.why, max(1, batch), read_once(shape, plan.resident)
         if kernel != REFERENCE:
             kernel += f" ({names} cache)"
             why += f"; {batch * plan.blocks} block(s) of {plan.shared_bytes:,} shared bytes"
-    n_bytes = (pack.data.numel() * reads + batch * shape.cache_bytes()) * n
+    n_bytes = (pack.data.numel() * reads + batch * shape.cache_bytes()) * n - once * reads * max(0, n - 1)
     return Explanation(kernel, why, 2 * shape.macs() * batch * n, n_bytes)
 
 

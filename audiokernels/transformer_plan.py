@@ -4,9 +4,11 @@ cuda_cluster: a thread-block cluster a stream, compute capability 9 and 10. Its 
 head where there are few heads, the rows of the MLP, of the output and of the context network: two exchanges a layer.
 cuda_general: the same kernel with one block a stream, sm_80 and later.
 
-Both read weights, keys and values through L2. They take every pack and size whose vectors fit the shared memory of a
-block, up to 24 layers of the context network and 128 runs of pooling levels. The codes are the same, whatever the
-number of blocks: it says only who adds which part of the same sums.
+They take every pack and size whose vectors fit the shared memory of a block, up to 24 layers of the context network and
+128 runs of pooling levels. What is left of that memory is used, in this order, for: on a cluster the keys of a layer,
+copied ahead of their use; the weights of the output and of the first layers, loaded once a call; the values of a layer.
+The rest is read through L2 in every step. The codes are the same whatever lies where and whatever the number of blocks,
+which says only who adds which part of the same sums.
 """
 
 from functools import lru_cache
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from audiokernels._gpu import Gpu, device_facts
-from audiokernels._packing import round_up
+from audiokernels._packing import GROUP, matrix_bytes, round_up
 from audiokernels.backends import REFERENCE
 from audiokernels.transformer_pack import KEY_BLOCK, TransformerShape
 
@@ -35,12 +37,15 @@ class TransformerPlan(NamedTuple):
     why: str
     blocks: int = 0  # of a stream
     shared_bytes: int = 0  # of one block
+    resident: int = 0  # weights kept in shared memory: 0 none, 1 + n the output's and those of the first n layers
+    staged: int = 0  # copied there ahead: 1 a layer's keys, 2 its values too
 
     def to_ints(self) -> list[int]:
         """The form in which the private op's schema carries it."""
-        return [self.blocks, self.shared_bytes]
+        return [self.blocks, self.shared_bytes, self.resident, self.staged]
 
 
+@lru_cache(256)
 def transformer_generate_plan(shape: TransformerShape, batch: int, gpu: Gpu) -> TransformerPlan:
     """How transformer_generate serves a call on a CUDA device."""
     if gpu.capability < (8, 0):
@@ -62,11 +67,43 @@ def transformer_generate_plan(shape: TransformerShape, batch: int, gpu: Gpu) -> 
         with_more = waves(batch, resident) * (FIXED + -(-slices // more))
         if with_more < cost:
             cost, blocks = with_more, more
+    resident, staged = kept(shape, blocks, gpu.shared_memory)
     if blocks > 1:
-        why = f"a cluster of {blocks} blocks a stream shares {slices} slices of heads and keys"
-        return TransformerPlan("cuda_cluster", why, blocks, shared_bytes(shape, blocks))
-    why = "more streams at a time than clusters" if any(gpu.clusters) else "no clusters on this GPU"
-    return TransformerPlan("cuda_general", f"a block a stream: {why}", 1, alone)
+        kernel, why = "cuda_cluster", f"a cluster of {blocks} blocks a stream shares {slices} slices of heads and keys"
+    else:
+        why = "more streams at a time than clusters" if any(gpu.clusters) else "no clusters on this GPU"
+        kernel, why = "cuda_general", f"a block a stream: {why}"
+    why += f"; in shared memory {what_is_kept(shape, resident, staged)}"
+    return TransformerPlan(kernel, why, blocks, shared_bytes(shape, blocks, resident, staged), resident, staged)
+
+
+def kept(shape: TransformerShape, blocks: int, shared_memory: int) -> tuple[int, int]:
+    """(resident, staged) of a plan: a layer's keys first, then weights, then a layer's values, as far as there is room.
+
+    By the latencies of an H100 the keys of all layers ahead of time save as much as the weights of half of them at 16
+    blocks, and more with fewer blocks; weights save more than the values, which are asked for before scores are made.
+    """
+
+    def fits(resident: int, staged: int) -> bool:
+        return shared_bytes(shape, blocks, resident, staged) <= shared_memory
+
+    staged = int(blocks > 1 and fits(0, 1))
+    resident = next((n for n in range(shape.n_layer + 1, 0, -1) if fits(n, staged)), 0)
+    return resident, 2 if staged and fits(resident, 2) else staged
+
+
+def read_once(shape: TransformerShape, resident: int) -> int:
+    """Bytes of the pack that a call reads once, and not in every step."""
+    layers = [f"{part}.{layer}" for part in ("qkv", "proj", "up", "down") for layer in range(resident - 1)]
+    names = {"out", *layers} if resident else ()
+    return sum(matrix_bytes(shape.dtype, *sizes) for name, *sizes in shape.matrices() if name in names)
+
+
+def what_is_kept(shape: TransformerShape, resident: int, staged: int) -> str:
+    n_layer = shape.n_layer
+    layers = f"all {n_layer}" if resident > n_layer else f"{resident - 1} of {n_layer}"
+    weights = f"the weights of the output and of {layers} layers" if resident else "no weights"
+    return weights + ("", ", each layer's keys ahead", ", each layer's keys and values ahead")[staged]
 
 
 def above(n: int, by: int) -> int:
@@ -99,22 +136,38 @@ def block_rows(n: int, blocks: int) -> int:
     return above(above(n, width), blocks) * width
 
 
-def most_heads(shape: TransformerShape, blocks: int) -> tuple[int, int]:
-    """The most heads, and the most units (a head with a part of its keys), that one block has."""
-    slices, each, units, heads = attention_slices(shape), above(attention_slices(shape), blocks), 0, 0
+def most_heads(shape: TransformerShape, blocks: int) -> tuple[int, int, int]:
+    """The most heads, units (a head with a part of its keys), and blocks of keys that one block has."""
+    slices, n_parts, key_blocks = attention_slices(shape), parts(shape), shape.capacity // KEY_BLOCK
+    each, most = above(slices, blocks), (0, 0, 0)
     for rank in range(blocks):
         first, end = (
-            min(min(at * each, slices) * heads_of_slice(shape), shape.n_head * parts(shape)) for at in (rank, rank + 1)
+            min(min(at * each, slices) * heads_of_slice(shape), shape.n_head * n_parts) for at in (rank, rank + 1)
         )
-        units = max(units, end - first)
-        heads = max(heads, (end - 1) // parts(shape) + 1 - first // parts(shape) if end > first else 0)
-    return heads, units
+        heads = (end - 1) // n_parts + 1 - first // n_parts if end > first else 0
+        keys = [unit // n_parts * key_blocks + above(unit % n_parts * key_blocks, n_parts) for unit in (first, end)]
+        most = tuple(map(max, most, (heads, end - first, keys[1] - keys[0])))
+    return most
 
 
-def shared_bytes(shape: TransformerShape, blocks: int) -> int:
+def resident_bytes(shape: TransformerShape, blocks: int, resident: int) -> int:
+    """Of a block's part of the output's weights and of those of the first resident - 1 layers."""
+    embd, inner, scales = round_up(shape.n_embd, 16), block_rows(shape.n_inner, blocks), shape.dtype == torch.int8
+    heads = most_heads(shape, blocks)[0] * shape.head_rows
+
+    def part(rows: int, inputs: int) -> int:
+        return 4 * rows * (1 + scales + above(inputs, GROUP[shape.dtype]))
+
+    layer = part(3 * heads, shape.n_embd) + part(embd, heads) + part(inner, shape.n_embd) + part(embd, inner)
+    output = part(16 * above(round_up(shape.n_class, 16) // 16, blocks), shape.n_embd)
+    return output + (resident - 1) * layer if resident else 0
+
+
+def shared_bytes(shape: TransformerShape, blocks: int, resident: int = 0, staged: int = 0) -> int:
     """Shared memory of a block, as csrc/transformer_generate_cuda.h places it."""
     embd, head, classes = round_up(shape.n_embd, 16), shape.head_rows, round_up(shape.n_class, 16)
-    heads, units = most_heads(shape, blocks)
+    heads, units, key_blocks = most_heads(shape, blocks)
+    kept_keys = key_blocks * KEY_BLOCK * shape.cache_dtype.itemsize
     each = above(attention_slices(shape), blocks)
     attended, inner = each * heads_of_slice(shape) * head, block_rows(shape.n_inner, blocks)
     taps = vector = context = code = width = 0
@@ -135,7 +188,8 @@ def shared_bytes(shape: TransformerShape, blocks: int) -> int:
     numbers += [12 * heads * head, 4 * attended, 8 * each, 4 * inner, 4 * classes, 4 * shape.fuse_rows]
     numbers += [4 * vector, 4 * taps, 4 * max(4 * min(rows, 1024), THREADS, classes // 16)]
     numbers += [4 * states, THREADS // 8 * KEY_BLOCK, *([packed, scales] if shape.dtype == torch.int8 else [])]
-    numbers += [4 * len(shape.widths), 4, 16, 4 * buffer * buffers]
+    numbers += [4 * len(shape.widths), 4, 4, 24, 4 * buffer * buffers, resident_bytes(shape, blocks, resident)]
+    numbers += [kept_keys * shape.headdim * (staged > 0), kept_keys * head * (staged > 1)]
     return sum(round_up(n, 16) for n in numbers)
 
 

@@ -128,9 +128,11 @@ __device__ PackedMatrix read_matrix(const uint8_t*& p, int rows, int taps, int i
 
 // ---- the draw, by one warp: the first class whose cumulative probability exceeds u
 
-__device__ inline float warp_max(float v) {
-  for (int i = 16; i > 0; i /= 2) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, i));
-  return v;
+// Floats as integers of the same order, and back.
+__device__ inline int rising(int bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
+
+__device__ inline float warp_max(float v) {  // a NaN counts as -infinity
+  return __int_as_float(rising(__reduce_max_sync(kAllLanes, rising(__float_as_int(fmaxf(v, -INFINITY))))));
 }
 __device__ inline int warp_min(int v) { return __reduce_min_sync(kAllLanes, v); }
 __device__ inline int warp_max(int v) { return __reduce_max_sync(kAllLanes, v); }
@@ -152,8 +154,6 @@ __device__ inline Top top_from(const float* x, int stride, int n, float least) {
     if (const float v = x[i * stride]; v >= least) top.count++, top.sum += v;
   return {__reduce_add_sync(kAllLanes, top.count), warp_sum(top.sum)};
 }
-
-__device__ inline int rising(int bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
 
 // leave_out of sampling.h, by a warp; at least least.count of x and the sum least.sum stay.
 __device__ inline void leave_out(float* x, int stride, int n, float lowest, Top least) {

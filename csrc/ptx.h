@@ -261,6 +261,7 @@ AK_PTX void tensor_load(uint32_t to, const void* map, int x, int y, int z, int w
       : "memory");
 }
 AK_PTX void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+AK_PTX void fence_async_global() { asm volatile("fence.proxy.async;" ::: "memory"); }  // and of global memory
 #endif
 
 #undef AK_PTX

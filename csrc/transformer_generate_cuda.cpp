@@ -27,7 +27,6 @@ TransformerCall sizes_of(const TransformerShape& s) {
   c.n_width = int(s.n_width), c.n_haar = int(s.n_haar), c.table_bytes = s.table_bytes();
   for (int64_t i = 0; i < s.n_width; i++) c.widths[i] = int32_t(s.widths[i]);
   for (int64_t i = 0; i < s.n_haar; i++) c.levels[i] = int32_t(s.haar[2 * i]), c.counts[i] = int32_t(s.haar[2 * i + 1]);
-  c.finish();
   return c;
 }
 
@@ -43,8 +42,12 @@ std::tuple<Tensor, Tensor> _transformer_generate_cuda(Tensor weights, std::vecto
   TransformerCall call = sizes_of(shape);
   check_cuda_call({shape.pack_bytes(), shape.state_floats(), shape.n_class, shape.condition, shape.hop}, arguments,
                   call);
-  STD_TORCH_CHECK(plan.size() == 2, "plan must hold the blocks of a stream and their shared bytes");
+  STD_TORCH_CHECK(plan.size() == 4,
+                  "plan must hold a stream's blocks, their shared bytes, what is resident and staged");
   call.blocks = int(plan[0]), call.aligned = is_aligned(shape, call);
+  call.resident = int(plan[2]), call.staged = call.aligned ? int(plan[3]) : 0;
+  STD_TORCH_CHECK(call.blocks >= 1, "plan must have a block at least");
+  call.finish();
   return generate_on_cuda("transformer", arguments, call,
                           [&](cudaStream_t stream) { return transformer_generate_cuda(call, int(plan[1]), stream); });
 }

@@ -132,6 +132,33 @@ def test_one_tree_for_every_number_of_blocks_batch_chunk_and_order(dtype):
     assert torch.equal(forked[2:], on_host(pack, transformer_state(pack, 1), uniforms[:1, 4:]))
 
 
+KEPT = {1: (2, 0), 2: (0, 2), 4: (2, 1), 8: (4, 2), 16: (1, 1)}  # of three layers, by blocks: (resident, staged)
+
+
+@host
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_lies_in_shared_memory_changes_nothing(dtype):
+    """Codes, logits and state, bit for bit, of weights and keys in shared memory beside those of L2.
+
+    Everything that a layer may have is there, the ring of keys wraps, and the calls go on from each other.
+    """
+    sizes = {"n_head": 2, "n_embd": 32, "n_inner": 50, "n_class": 50, "n_layer": 3, "window": 100}
+    pack = pack_of(dtype=dtype, fusion="film", condition=3, hop=4, haar=[1] * 3 + [0] * 13 + [2] * 16, **sizes)
+    began, frames = transformer_state(pack, 1), torch.randn(1, 33, 3, generator=torch.Generator().manual_seed(2))
+    transformer_generate(pack, began, philox_uniform(0, 1, 124), condition=frames[:, :31])
+    uniforms, results = philox_uniform(5, 1, 8), []
+    for blocks, kept in {0: (0, 0), **KEPT}.items():
+        state, parts = began.clone(), []
+        options = {"blocks": max(1, blocks), "kept": kept, "return_logits": True}
+        for begin, end in ((0, 3), (3, 8)):  # the ring is full at sample 128, the fourth of these
+            part = frames[:, 31 + begin // 4 : 31 + (end - 1) // 4 + 1]
+            parts.append(on_host(pack, state, uniforms[:, begin:end], condition=part, seed=blocks, **options))
+        results.append([*(torch.cat(both, 1) for both in zip(*parts, strict=True)), state])
+    for name, *found in zip(("codes", "logits", "state"), *results, strict=True):
+        assert [torch.equal(found[0], other) for other in found[1:]] == [True] * len(KEPT), name
+    assert len(results[0][0].unique()) > 3
+
+
 @host
 def test_condition_prompts_and_sampling():
     hop, n = 7, 20
@@ -213,10 +240,11 @@ def test_the_standard_model_with_all_its_threads():
 
 
 EDITS = {
-    "no barrier before attention": ("    remember<Cache>(cache);\n    __syncthreads();", "    remember<Cache>(cache);"),
+    "no barrier before attention": ("remember<Cache>(ring_of(layer), ring);\n    __syncthreads();",
+                                    "remember<Cache>(ring_of(layer), ring);"),
     "no barrier after the sums": ("finish == kRelu ? fmaxf(total, 0.0f) : total;\n      }\n      __syncthreads();",
                                   "finish == kRelu ? fmaxf(total, 0.0f) : total;\n      }"),
-    "no barrier after the norm": ("* scale : 0.0f;\n    __syncthreads();", "* scale : 0.0f;"),
+    "no barrier after the norm": ("x[i] - mean : 0.0f;\n    __syncthreads();", "x[i] - mean : 0.0f;"),
     "no wait for an exchange": ("    wait(bar(), count / 2);\n", ""),
     "no token of a block with nothing to send": ("if (rank() >= senders) put(", "if (false) put("),
     "one buffer for all exchanges": ("return buffer + int(count & 1) * floats;", "return buffer;"),
@@ -226,8 +254,18 @@ EDITS = {
     "sums of another largest score": ("sums[i] *= fade;", "sums[i] *= 1.0f;"),
     "parts of a head with equal shares": ("return total > 0.0f ? mine / total : 0.0f;", "return 1.0f / cut.repeat;"),
     "the oldest tap twice": ("from = from + d < length ? from + d : from + d - length;", ""),
-    "a scale of the norm": ("warp_sum(squares) / count + kEpsilon", "warp_sum(squares) / (count + 1) + kEpsilon"),
+    "a scale of the norm": ("warp_sum(squares) * c.inverse_embd", "warp_sum(squares) / (c.n_embd + 1)"),
+    "angles of the position before": ("find_angles(position + 1, 32);", "find_angles(position, 32);"),
     "a pooled row too few": ("sum += s == newest ? x[channel]", "sum += s == newest ? 0.0f"),
+    "rows of another group": ("4 * whole.group_of(quad / 4)", "4 * whole.group_of((quad / 4 + 1) % whole.groups)"),
+    "inputs of another slice": ("const int step = i / quads + part.skipped,", "const int step = i / quads,"),
+    "a slice looked for elsewhere": (" - m.skipped;", ";"),
+    "all parts in one place": ("  to += 4 * rows * (1 + Dot::kByTap + steps);\n", ""),
+    "no wait for the keys": ("wait(ptx::shared_address(shared + at.bars + 16), stagings++);", "stagings++;"),
+    "the position's own key is missing": ("if (c.staged > 0) write(staged);", ""),
+    "the position's own value is missing": ("if (c.staged > 1) write(staged);", ""),
+    "keys of another layer": ("next >= 0) stage(next);", "next >= 0) stage(i);"),
+    "keys copied when nobody needs them": ("t + 1 < c.n ? 0 : -1", "0"),
 }  # fmt: skip
 
 
@@ -239,7 +277,7 @@ def test_an_error_in_the_kernel_is_seen(name):
     if name == "sums of another largest score":  # seen where a warp has two blocks of keys
         cases = [({"n_head": 16, "n_embd": 128, "n_layer": 1, "window": 1100}, 1120)]
     else:  # two slices of keys
-        sizes = {"n_head": 1, "n_embd": 32, "fusion": "logits", "haar": [1] * 16 + [2] * 16, "n_layer": 1}
+        sizes = {"n_head": 1, "n_embd": 32, "fusion": "logits", "haar": [1] * 16 + [2] * 16, "n_layer": 2}
         cases = [({**sizes, "window": window}, n) for window, n in ((65, 0), (65, 126), (128, 0))]
     packs = [pack_of(**sizes) for sizes, _ in cases]
     states = [transformer_state(pack, 1) for pack in packs]
@@ -267,10 +305,10 @@ def test_an_error_in_the_kernel_is_seen(name):
 
 def test_launcher_takes_the_planned_kernel(monkeypatch):
     pack = pack_of(n_head=2, n_embd=32, window=70)
-    assert launch(monkeypatch, "transformer", H100, pack) == [[4, shared_bytes(pack.shape, 4)]]
-    assert launch(monkeypatch, "transformer", H100._replace(clusters=(0, 0)), pack) == [
-        [1, shared_bytes(pack.shape, 1)]
-    ]
+    all_kept = pack.shape.n_layer + 1
+    for gpu, blocks, staged in ((H100, 4, 2), (H100._replace(clusters=(0, 0)), 1, 0)):
+        n_bytes = shared_bytes(pack.shape, blocks, all_kept, staged)
+        assert launch(monkeypatch, "transformer", gpu, pack) == [[blocks, n_bytes, all_kept, staged]]
     codes, _ = launch(monkeypatch, "transformer", Gpu((7, 5), 46, 65536), pack)
     assert torch.equal(codes, transformer_generate(pack, transformer_state(pack, 2), philox_uniform(0, 2, 8)))
 
@@ -280,15 +318,23 @@ def test_explain_names_the_plan(monkeypatch):
     pack = pack_of(n_head=2, n_embd=32, window=70, dtype=torch.bfloat16)
     there = SimpleNamespace(shape=pack.shape, data=SimpleNamespace(device=torch.device("cuda"), numel=pack.data.numel))
     monkeypatch.setattr(door, "implementation", lambda *_: "CUDA C++ (sm_90a)")
+    matrices = pack.data.numel() - 4 * sum(pack.shape.table_floats())
     for gpu_there, kernel, why in (
         (H100, "cuda_cluster (bfloat16, bfloat16 cache)", "a cluster of 4 blocks a stream shares 4 slices"),
-        (H100._replace(clusters=(0, 0)), "cuda_general (bfloat16, bfloat16 cache)", "no clusters on this GPU; 2 block"),
+        (
+            H100,
+            "cuda_cluster (bfloat16, bfloat16 cache)",
+            "the output and of all 2 layers, each layer's keys and values",
+        ),
+        (H100._replace(clusters=(0, 0)), "cuda_general (bfloat16, bfloat16 cache)", "all 2 layers; 2 block"),
+        (H100._replace(clusters=(0, 0)), "cuda_general (bfloat16, bfloat16 cache)", "no clusters on this GPU; in sh"),
         (Gpu((7, 5), 46, 65536), REFERENCE, "sm_75 is older than sm_80"),
     ):
         monkeypatch.setattr(door, "gpu_facts", lambda _, gpu_there=gpu_there: gpu_there)
         told = door._explain(there, None, torch.empty(2, 8))
         assert told.kernel == kernel and why in told.why
-        assert told.bytes == 8 * 2 * (pack.data.numel() + pack.shape.cache_bytes())
+        once = 0 if kernel == REFERENCE else matrices  # all of them are in shared memory
+        assert told.bytes == 8 * 2 * (pack.data.numel() + pack.shape.cache_bytes()) - 7 * 2 * once
 
 
 def test_launcher_checks_before_it_asks_the_device(monkeypatch):

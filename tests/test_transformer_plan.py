@@ -37,11 +37,12 @@ def test_every_gpu_has_a_plan_that_fits_it(name, dtype):
             if GPUS[name].capability < (8, 0):
                 assert made == TransformerPlan(REFERENCE, "sm_75 is older than sm_80")
                 continue
-            assert made.shared_bytes == shared_bytes(shape_of(dtype, **sizes), made.blocks) <= GPUS[name].shared_memory
+            kept = shared_bytes(shape_of(dtype, **sizes), made.blocks, made.resident, made.staged)
+            assert made.shared_bytes == kept <= GPUS[name].shared_memory
             assert made.kernel == ("cuda_cluster" if made.blocks > 1 else "cuda_general")
-            assert made.to_ints() == [made.blocks, made.shared_bytes]
+            assert made.to_ints() == [made.blocks, made.shared_bytes, made.resident, made.staged]
             if not any(GPUS[name].clusters):
-                assert made.blocks == 1 and "no clusters on this GPU" in made.why
+                assert made.blocks == 1 and "no clusters on this GPU" in made.why and made.staged == 0
 
 
 def test_blocks_of_a_stream_on_an_h100():
@@ -49,6 +50,31 @@ def test_blocks_of_a_stream_on_an_h100():
     batches = (1, 7, 8, 15, 16, 30, 31, 60, 61, 132, 1000)
     blocks = [transformer_generate_plan(shape_of(), batch, GPUS["H100"]).blocks for batch in batches]
     assert blocks == [16, 16, 8, 8, 4, 4, 2, 2, 1, 1, 1]
+
+
+STANDARD = {
+    ("3 layers", torch.bfloat16): (16, 4, 1, "the output and of all 3 layers, each layer's keys ahead"),
+    ("3 layers", torch.int8): (16, 4, 2, "the output and of all 3 layers, each layer's keys and values ahead"),
+    ("3 layers", torch.float32): (16, 2, 1, "the output and of 1 of 3 layers"),
+    ("8 layers", torch.bfloat16): (16, 6, 1, "the output and of 5 of 8 layers"),
+    ("8 layers", torch.int8): (16, 9, 1, "the output and of all 8 layers"),
+    ("8 layers", torch.float32): (16, 3, 1, "the output and of 2 of 8 layers"),
+}
+
+
+@pytest.mark.parametrize("sizes", STANDARD, ids=str)
+def test_what_an_h100_keeps_of_one_stream_of_the_standard_models(sizes):
+    """128 channels, a window of 1600: nothing more has room; with fewer blocks a stream there is room for less."""
+    (model, dtype), (blocks, resident, staged, why) = sizes, STANDARD[sizes]
+    shape = shape_of(dtype, **({"n_layer": 3, "n_head": 4} if model == "3 layers" else {}))
+    made = transformer_generate_plan(shape, 1, GPUS["H100"])
+    assert (made.blocks, made.resident, made.staged) == (blocks, resident, staged) and why in made.why
+    for more in ((resident + 1, staged), (resident, staged + 1)):
+        complete = more[0] > shape.n_layer + 1 or more[1] > 2
+        assert complete or shared_bytes(shape, blocks, *more) > GPUS["H100"].shared_memory
+    assert all(transformer_generate_plan(shape, batch, GPUS["H100"]).resident <= resident for batch in (8, 16, 1000))
+    nothing = transformer_generate_plan(shape_of(n_class=20000, n_embd=256, n_head=1), 1, GPUS["H100"])
+    assert nothing.resident == 0 and "no weights" in nothing.why
 
 
 def test_slices_follow_the_heads():

@@ -1,9 +1,12 @@
 """transformer_generate by its kernel for GPUs, run on the host: its arguments, and in how many blocks."""
 
+import re
+from functools import cache
 from unittest import mock
 
 import torch
 from cuda_on_host import CSRC, build
+from launcher_cases import H100
 
 from audiokernels import transformer_plan
 from audiokernels._generation import condition_frames
@@ -19,7 +22,7 @@ CUDA_ON_HOST_EXPORT int generate(const int64_t* n, void** data, double temperatu
   for (int i = 0; i < c.n_width; i++) c.widths[i] = next();
   c.n_haar = next();
   for (int i = 0; i < c.n_haar; i++) c.levels[i] = next(), c.counts[i] = next();
-  c.blocks = next(), c.aligned = next();
+  c.blocks = next(), c.resident = next(), c.staged = next(), c.aligned = next();
   c.batch = next(), c.n = next(), c.table_bytes = next(), c.state_stride = next();
   for (auto& stride : c.uniforms_stride) stride = next();
   for (auto& stride : c.codes_stride) stride = next();
@@ -39,9 +42,25 @@ CUDA_ON_HOST_EXPORT int generate(const int64_t* n, void** data, double temperatu
 """
 
 
-def on_host(pack, state, uniforms, *, blocks=1, seed=0, threads=128, edit=None, **options):
-    """The same as transformer_generate; `edit` changes (this, to that) in the kernel and its header.
+@cache
+def kernel() -> str:
+    """The kernel with its room's headers in it, each where it is included first."""
+    text, included = (CSRC / "transformer_generate_cuda.cu").read_text(), set()
 
+    def insert(found: re.Match) -> str:
+        there = found[1] in included
+        included.add(found[1])
+        return "" if there else (CSRC / found[1]).read_text().replace("#pragma once", "")
+
+    while '#include "transformer_' in text:
+        text = re.sub(r'#include "(transformer_\w+\.h)"', insert, text, count=1)
+    return text
+
+
+def on_host(pack, state, uniforms, *, blocks=1, kept=None, seed=0, threads=128, edit=None, **options):
+    """The same as transformer_generate; `edit` changes (this, to that) in the kernel and its headers.
+
+    kept: (resident, staged) of a plan; by default as much as an H100 has room for.
     A block has 512 threads on a GPU. No sum depends on their number, and 128 are four times as quick here.
     """
     codes, condition = options.get("codes"), options.get("condition")
@@ -50,20 +69,23 @@ def on_host(pack, state, uniforms, *, blocks=1, seed=0, threads=128, edit=None, 
     logits = torch.full((batch, n, shape.n_class), torch.nan) if options.get("return_logits") else None
     assert condition is None or condition.shape[1] >= condition_frames(shape, state, n)
     numbers = [*shape.to_ints()[:15], *shape.widths, len(shape.haar) // 2, *shape.haar, blocks]
-    numbers += [transformer_plan.aligned(shape, state)]
+    aligned = transformer_plan.aligned(shape, state)
+    resident, staged = kept or transformer_plan.kept(shape, blocks, H100.shared_memory)
+    staged = staged if aligned else 0
+    numbers += [resident, staged, aligned]
     numbers += [batch, n, 4 * sum(shape.table_floats()), state.stride(0), *uniforms.stride()]
     numbers += [0, 0, 0, 1] if codes is None else [*codes.stride(), codes.shape[1], codes.element_size()]
     numbers += [0, 0, 0, 0] if condition is None else [*condition.stride(), condition.shape[1]]
     tensors = [pack.data, state, uniforms, codes, condition, out, logits]
     pointers = torch.tensor([0 if t is None else t.data_ptr() for t in tensors])
-    text, header = ((CSRC / f"transformer_generate_cuda.{kind}").read_text() for kind in ("cu", "h"))
-    text = text.replace('#include "transformer_generate_cuda.h"', header.replace("#pragma once", ""))
+    text = kernel()
     for before, after in (("kTransformerThreads = 512", f"kTransformerThreads = {threads}"), *([edit] if edit else [])):
         if before not in text:
             raise ValueError(f"not in the kernel: {before}")
         text = text.replace(before, after)
     sampling = [float(options.get(name, 1.0)) for name in ("temperature", "top_p")]
     with mock.patch.object(transformer_plan, "THREADS", threads):
-        numbers = torch.tensor([*numbers, options.get("top_k", 0), transformer_plan.shared_bytes(shape, blocks)])
+        n_bytes = transformer_plan.shared_bytes(shape, blocks, resident, staged)
+    numbers = torch.tensor([*numbers, options.get("top_k", 0), n_bytes])
     build(text + SOURCE).call("generate", numbers, pointers, *sampling, seed=seed)
     return out if logits is None else (out, logits)

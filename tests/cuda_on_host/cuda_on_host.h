@@ -146,6 +146,11 @@ struct Block {
   std::deque<Thread> threads;
 };
 
+struct Write {  // an asynchronous one, and the mbarrier that it completes
+  std::function<void()> write;
+  const void* bar;
+};
+
 struct Launch {
   dim3 grid, block, cluster;
   size_t shared_bytes = 0;
@@ -154,7 +159,7 @@ struct Launch {
   unsigned char* memory = nullptr;
   size_t stride = 0;
   std::vector<Thread*> ready;
-  std::vector<std::function<void()>> pending;  // asynchronous writes
+  std::vector<Write> pending;
   std::unordered_map<const void*, std::vector<Thread*>> mbarrier_waiters;
   Barrier cluster_barrier;
   uint64_t cluster_generation = 0;
@@ -307,11 +312,11 @@ inline uint32_t address_of(const void* pointer) {
 }
 
 // An asynchronous write by the thread that runs.
-inline void later(std::function<void()> write) {
+inline void later(uint32_t bar, std::function<void()> write) {
   if (launch_now->eagerness == 2)
     write();
   else
-    launch_now->pending.push_back(std::move(write));
+    launch_now->pending.push_back({std::move(write), at(bar, 8, 8, "mbarrier")});
 }
 
 // ---- the scheduler
@@ -361,16 +366,25 @@ inline std::string who_waits() {
 }
 
 template <class T>
-T take_any(std::vector<T>& from) {
-  const size_t i = launch_now->random() % from.size();
+T take(std::vector<T>& from, size_t i) {
   T taken = std::move(from[i]);
   from[i] = std::move(from.back());
   from.pop_back();
   return taken;
 }
 
+template <class T>
+T take_any(std::vector<T>& from) {
+  return take(from, launch_now->random() % from.size());
+}
+
+// As late as possible: one that somebody waits for, where there is one.
 inline void run_write() {
-  const auto write = take_any(launch_now->pending);
+  Launch& l = *launch_now;
+  std::vector<size_t> awaited;
+  for (size_t i = 0; i < l.pending.size() && l.eagerness == 0; i++)
+    if (!l.mbarrier_waiters[l.pending[i].bar].empty()) awaited.push_back(i);
+  const auto write = awaited.empty() ? take_any(l.pending).write : take(l.pending, take_any(awaited)).write;
   current = nullptr;
   if (_setjmp(scheduler) == 0) write();  // fail() comes back here
 }

@@ -240,7 +240,7 @@ inline void write_async(uint32_t to, const void* value, size_t bytes, uint32_t b
   std::vector<unsigned char> copy(bytes);
   memcpy(copy.data(), value, bytes);
   host::at(to, bytes, bytes, "st.async");
-  host::later([=] {
+  host::later(bar, [=] {
     memcpy(host::at(to, bytes, bytes, "st.async"), copy.data(), bytes);
     mbarrier_change(bar, 0, -int64_t(bytes));
   });
@@ -251,14 +251,14 @@ inline void store_async(uint32_t to, const uint4& value, uint32_t bar) { write_a
 inline void bulk_copy(uint32_t to, uint32_t from, uint32_t bytes, uint32_t bar) {
   host::at(from, bytes, 16, "bulk copy");
   if (bytes % 16) host::fail("a bulk copy of " + std::to_string(bytes) + " bytes: not a multiple of 16");
-  host::later([=] {  // reads its source as late as it writes
+  host::later(bar, [=] {  // reads its source as late as it writes
     memcpy(host::at(to, bytes, 16, "bulk copy"), host::at(from, bytes, 16, "bulk copy"), bytes);
     mbarrier_change(bar, 0, -int64_t(bytes));
   });
 }
 inline void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t bar) {
   if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) host::fail("a bulk load that is not aligned to 16 bytes");
-  host::later([=] {
+  host::later(bar, [=] {
     memcpy(host::at(to, bytes, 16, "bulk load"), from, bytes);
     mbarrier_change(bar, 0, -int64_t(bytes));
   });
@@ -289,5 +289,6 @@ inline void tensor_load(uint32_t to, const void* map, int x, int y, int z, int w
   });
 }
 inline void fence_async() {}
+inline void fence_async_global() {}
 
 }  // namespace audiokernels::ptx
