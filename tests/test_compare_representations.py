@@ -123,6 +123,21 @@ def test_what_may_be_said():
     assert difference["value"] == pytest.approx(0.3, abs=0.1) and difference["low"] < difference["value"]
 
 
+def test_a_sweep_compares_the_same_seeds():
+    """A row that lacks a seed is not compared with the others' mean over more seeds: folds differ."""
+    first, second = (made_up((0.9, strength), seeds=(seed,))[1] for strength, seed in ((0.8, 0), (0.4, 1)))
+    fewer = {**second, "row": "code-lm-k16"}
+    for run, n_code in ((first, 256), (second, 256), (fewer, 16)):
+        run["config"] = {"kind": "code_lm", "n_code": n_code, "share": 1.0, "width": 1.0}
+    usual = {"n_code": 256, "share": 1.0, "width": 1.0}
+    sweep = report.sweep_of([first, second, fewer], "n_code", usual)
+    assert sweep.seeds == [1] and sweep.rows == {"code_lm": {16: "code-lm-k16", 256: "code-lm"}}
+    assert sweep.estimates["sources", "code-lm"] == sweep.estimates["sources", "code-lm-k16"]
+    assert sweep.estimates["sources", "code-lm"].value == pytest.approx(0.4, abs=0.1)
+    assert report.sweep_of([first, second, fewer], "width", usual) is None
+    assert report.sweep_of([first, fewer], "n_code", usual) is None
+
+
 def test_encoders_are_of_one_size(tmp_path):
     """Within 20 %, as the protocol asks; the autoencoder's way down is a part of the code LM's."""
     config = CompareRepresentationsConfig(data=tmp_path, protocol="compact")
@@ -136,18 +151,20 @@ def test_encoders_are_of_one_size(tmp_path):
 def test_smoke_run_of_the_command(call, corpus, tmp_path):
     words = ("compare-representations", "--data", corpus, "--out", tmp_path, "--protocol", "smoke", "--seeds", "0",
              "--device", "cpu", "--no-progress", "--sweep", "codes")  # fmt: skip
-    code, out, err = call(*words, "--rows", "simclr", "bag", "code-lm", "vgg")
+    code, out, err = call(*words, "--rows", "simclr", "bag", "code-lm", "code-lm-k16", "vgg")
     assert code == 0, err
     found = json.loads((tmp_path / "representations.json").read_text())
-    assert [run["row"] for run in found["runs"]] == ["vgg", "code-lm", "simclr", "bag"] and found["orders"] == []
+    assert [run["row"] for run in found["runs"]] == ["vgg", "code-lm", "simclr", "bag", "code-lm-k16"]
+    assert found["orders"] == []
     text = (tmp_path / "representations.md").read_text()
     assert "no order is given" in text and "is better" not in text and "Noise" in text
+    assert "Sweep over the number of codes, all labels, seeds 0" in text and text.count("code LM, 16 codes") == 2
     assert (tmp_path / "representations.png").stat().st_size > 10_000
     for run in found["runs"]:
         assert set(run["tasks"]) == set(run["dev_before"]) == set(report.TITLES)
         assert all(0 <= score["test"] <= 1 for scores in run["tasks"].values() for score in scores)
         assert len(run["data"]["tags"]["test"]) == 64
-    assert 0 < found["runs"][1]["noise"]["10"]["changed"] <= 1
+    assert all(0 < found["runs"][i]["noise"]["10"]["changed"] <= 1 for i in (1, 4))
     before = (tmp_path / "representations.json").read_bytes()
     assert call(*words, "--rows", "bag", "vgg")[0] == 0  # made already: only the tables are written again
     assert (tmp_path / "representations.json").read_bytes() == before

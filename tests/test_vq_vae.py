@@ -62,7 +62,7 @@ def test_finer_levels_keep_more(model, sounds):
 
 
 def test_codes_are_in_use(model, sounds):
-    """At the default decay; at 0.99 the means of codes follow too slowly, and few are ever nearest."""
+    """At the default decay; at 0.99 codes that nobody chooses start anew too late for so short a training."""
     shares = [cb.usage(codes, CONFIG.n_code) for codes in model.encode(sounds)]
     assert min(shares) > 0.5, shares
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,10 +28,12 @@ from torch.nn import functional as F
 
 from audiomodels._optional import require
 from audiomodels.encoders import Encoder
+from audiomodels.tagging import mean_average_precision
 
 # features, labels, inverse strengths of the regularisation -> for each a function: features -> scores (n, n_class)
 Classifier = Callable[[Tensor, Tensor, Sequence[float]], list[Callable[[Tensor], Tensor]]]
 SHOTS = (1, 5, 10, None)  # labels per class; None: all
+BATCH = 16  # sounds that go through an encoder at once
 GRID = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # inverse strengths of the regularisation
 
 
@@ -62,9 +65,24 @@ class ProbeScore:
 
 @torch.no_grad()
 def features_of(encoder: Encoder, sounds: Iterable[Tensor]) -> Tensor:
-    """(n, 2 * encoder.dim) float32: mean and standard deviation over time of each sound (samples,)."""
-    rows = [encoder.embed(sound[None])[0].float() for sound in sounds]
-    return torch.stack([torch.cat([row.mean(0), row.std(0, correction=0)]) for row in rows]).cpu()
+    """(n, 2 * encoder.dim) float32: mean and standard deviation over time of each sound (samples,).
+
+    Sounds of one length go through the encoder together.
+    """
+    found, waiting = {}, defaultdict(list)  # by place; by length, those not embedded yet
+
+    def embed(places: list[int], batch: list[Tensor]) -> None:
+        rows = encoder.embed(torch.stack(batch)).float()
+        found.update(zip(places, torch.cat([rows.mean(1), rows.std(1, correction=0)], 1).cpu(), strict=True))
+
+    for place, sound in enumerate(sounds):
+        group = waiting[len(sound)]
+        group.append((place, sound))
+        if len(group) == BATCH:
+            embed(*zip(*waiting.pop(len(sound)), strict=True))
+    for group in waiting.values():
+        embed(*zip(*group, strict=True))
+    return torch.stack([found[place] for place in range(len(found))])
 
 
 def linear_probe(
@@ -183,6 +201,4 @@ def mlp(x: Tensor, y: Tensor, grid: Sequence[float]) -> list[Callable[[Tensor], 
 def _score(scores: Tensor, y: Tensor) -> float:
     if y.dtype != torch.bool:
         return float((scores.argmax(1) == y.argmax(1)).double().mean())
-    score = require("sklearn.metrics").average_precision_score
-    found = [score(mine, scores[:, c].numpy()) for c, mine in enumerate(y.T.numpy()) if mine.any()]
-    return statistics.mean(found) if found else math.nan
+    return mean_average_precision(scores, y)[0]

@@ -45,7 +45,7 @@ class VQVAEConfig:
     n_embd: int = 64  # numbers of a code
     commit: float = 0.02  # weight of |z - e|^2
     spectral: float = 1.0  # weight of the spectral loss
-    decay: float = 0.9  # of the moving means of codes, a step; at 0.99 few codes are in use (docs/codes.md)
+    decay: float = 0.9  # of the moving means of codes, a step; nearer to 1, unused codes start anew later
     restart: float = 0.1  # a code chosen less often a step than this starts anew
     sample_rate: int = 16000  # Hz
 

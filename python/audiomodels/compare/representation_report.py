@@ -7,6 +7,7 @@ same three seeds or more, the interval of the paired difference excludes 0, and 
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,20 @@ ORDERS = (
     ("code-lm-x2", "code-lm-x0.5", "a wider code LM is better"),
     ("code-lm-k1024", "code-lm-k16", "more codes are better"),
 )
+# what a sweep varies, in the row's config: in words, and the kinds of rows that it is varied for
+SWEEPS = {"n_code": ("the number of codes", ("code_lm",)),
+          "share": ("the share of the sound that is learned from", ("code_lm", "simclr")),
+          "width": ("the width of the language model, in multiples", ("code_lm",))}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Rows that differ in one setting, over the seeds that all of them have."""
+
+    key: str  # of SWEEPS
+    rows: dict[str, dict[float, str]]  # by kind: the setting's value -> the row's name
+    seeds: list[int]
+    estimates: dict[tuple[str, str], Estimate | None]  # by (task, row), all labels
 
 
 def values_of(task: Task, score: ProbeScore) -> np.ndarray:
@@ -62,8 +77,11 @@ def seeds_of(runs: list[dict], *names: str) -> list[int]:
 
 
 def write_all(out: Path, runs: list[dict], protocol: dict[str, Any]) -> None:
-    """runs: results with what they "found", in the order of the table."""
-    names = list(dict.fromkeys(run["row"] for run in runs))
+    """runs: results with what they "found", in the order of the table. Rows of a sweep have tables of their own."""
+    usual = {"n_code": protocol["n_code"], "share": 1.0, "width": 1.0}
+    sweeps = [found for key in SWEEPS if (found := sweep_of(runs, key, usual))]
+    varied = [run for run in runs if any(run["config"][key] not in (0, value) for key, value in usual.items())]
+    names = [name for name in dict.fromkeys(run["row"] for run in runs) if name not in {run["row"] for run in varied}]
     shots = protocol["shots"]
     tables = {
         task: {row: [estimate(values(runs, row, task, count, seeds_of(runs, row))) for count in shots] for row in names}
@@ -72,17 +90,17 @@ def write_all(out: Path, runs: list[dict], protocol: dict[str, Any]) -> None:
     verdicts = said(runs) if protocol["claims"] else []
     text = [head(protocol, runs)]
     text += [table_of(task, table, runs, shots) for task, table in tables.items()]
-    text += [order_table(verdicts), noise_table(runs)]
+    text += [order_table(verdicts), *(sweep_table(sweep, runs) for sweep in sweeps), noise_table(runs)]
     unscored = [{key: value for key, value in run.items() if key != "found"} for run in runs]
     estimates = {
         task: {row: {str(s): plain(e) for s, e in zip(shots, found, strict=True)} for row, found in table.items()}
         for task, table in tables.items()
     }
     content = {"command": "compare-representations", "protocol": protocol, "estimates": estimates, "orders": verdicts,
-               "runs": unscored}  # fmt: skip
+               "sweeps": {sweep.key: plain_sweep(sweep) for sweep in sweeps}, "runs": unscored}  # fmt: skip
     replace_text(out / "representations.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     replace_text(out / "representations.md", "\n".join(part for part in text if part))
-    picture(out / "representations.png", tables, runs, shots)
+    picture(out / "representations.png", tables, runs, shots, sweeps)
 
 
 def said(runs: list[dict]) -> list[dict]:
@@ -162,45 +180,114 @@ def order_table(verdicts: list[dict]) -> str:
     return "\n".join([*text, ""])
 
 
+def sweep_of(runs: list[dict], key: str, usual: dict[str, float]) -> Sweep | None:
+    """What was found of a sweep; None where nothing was varied, or no seed has all of its rows.
+
+    usual: what the settings are in rows that do not vary them. With less sound the supervised VGG, which has learned
+    from all of it, stands beside.
+    """
+    rows: dict[str, dict[float, str]] = {}
+    for run in runs:
+        config = run["config"]
+        others = (config[other] in (0, value) for other, value in usual.items() if other != key)
+        if config["kind"] in SWEEPS[key][1] and all(others):
+            rows.setdefault(config["kind"], {})[config[key]] = run["row"]
+    rows = {kind: dict(sorted(mine.items())) for kind, mine in rows.items() if len(mine) > 1}
+    if key == "share" and rows and any(run["row"] == "vgg" for run in runs):
+        rows["vgg"] = {1.0: "vgg"}
+    names = [row for mine in rows.values() for row in mine.values()]
+    if not names or not (seeds := seeds_of(runs, *names)):
+        return None
+    found = {(task, row): estimate(values(runs, row, task, None, seeds)) for task in TITLES for row in names}
+    return Sweep(key, rows, seeds, found)
+
+
+def sweep_table(sweep: Sweep, runs: list[dict]) -> str:
+    """Its rows, all labels."""
+    title = SWEEPS[sweep.key][0]
+    text = [
+        f"## Sweep over {title}, all labels, seeds {', '.join(map(str, sweep.seeds))}",
+        "",
+        f"| row | {title.removeprefix('the ')} | {' | '.join(TITLES.values())} |",
+        "|---" * (2 + len(TITLES)) + "|",
+    ]
+    for mine in sweep.rows.values():
+        for value, row in mine.items():
+            name = next(run["title"] for run in runs if run["row"] == row)
+            cells = [form(sweep.estimates[task, row]) for task in TITLES]
+            text.append(f"| {name} | {value:g} | {' | '.join(cells)} |")
+    return "\n".join([*text, ""])
+
+
+def plain_sweep(sweep: Sweep) -> dict[str, Any]:
+    """As JSON holds it: by row, its estimates by task."""
+    names = [row for mine in sweep.rows.values() for row in mine.values()]
+    return {"seeds": sweep.seeds, "rows": {row: {task: plain(sweep.estimates[task, row]) for task in TITLES}
+                                           for row in names}}  # fmt: skip
+
+
 def noise_table(runs: list[dict]) -> str:
-    """Sources under noise in the test sounds alone, where it was tried: score, share of the codes that are others."""
+    """Sources under noise in the test sounds alone, over the seeds that all rows have where it was tried: score, share
+    of the codes that are others."""
     tried = [run for run in runs if run["noise"]]
-    if not tried:
+    names = list(dict.fromkeys(run["row"] for run in tried))
+    if not tried or not (seeds := seeds_of(tried, *names)):
         return ""
     levels = list(tried[0]["noise"])
     columns = [f"{what} at {level} dB" for level in levels for what in ("accuracy", "codes changed")]
-    titles = ["row", "accuracy, clean", *columns, "seeds"]
+    titles = ["row", "accuracy, clean", *columns]
     text = [
-        "## Noise in the test sounds of (a), all labels",
+        f"## Noise in the test sounds of (a), all labels, seeds {', '.join(map(str, seeds))}",
         "",
         f"| {' | '.join(titles)} |",
         "|---" * len(titles) + "|",
     ]
-    for row in dict.fromkeys(run["row"] for run in tried):
-        mine = [run for run in tried if run["row"] == row]
+    for row in names:
+        mine = [run for run in tried if run["row"] == row and run["seed"] in seeds]
         cells = [_mean([run["tasks"]["sources"][-1]["test"] for run in mine])]
         cells += [_mean([run["noise"][level][key] for run in mine]) for level in levels for key in ("test", "changed")]
-        text.append(f"| {mine[0]['title']} | {' | '.join(cells)} | {', '.join(str(run['seed']) for run in mine)} |")
+        text.append(f"| {mine[0]['title']} | {' | '.join(cells)} |")
     return "\n".join([*text, ""])
 
 
-def picture(path: Path, tables: dict[str, dict], runs: list[dict], shots: list[int | None]) -> None:
-    """A panel for each task: the score over the number of labels, a line for each row with its intervals."""
-    fig, grid = plots.figure(6 * len(tables), 5, 1, len(tables))
+def picture(
+    path: Path, tables: dict[str, dict], runs: list[dict], shots: list[int | None], sweeps: list[Sweep]
+) -> None:
+    """A panel for each task: the score over the number of labels, a line for each row with its intervals; below,
+    one for each sweep: the scores of all tasks over what it varies."""
+    fig, grid = plots.figure(6 * len(tables), 10 if sweeps else 5, 1 + bool(sweeps), len(tables))
     for column, (task, table) in enumerate(tables.items()):
         axis = plots.add(fig, grid[0, column], TITLES[task])
         for place, (row, found) in enumerate(table.items()):
             title = next(run["title"] for run in runs if run["row"] == row)
-            at = [i + 0.03 * (place - len(table) / 2) for i, e in enumerate(found) if e is not None]
-            known = [e for e in found if e is not None]
-            bars = [[e.value - e.low for e in known], [e.high - e.value for e in known]]
-            axis.errorbar(at, [e.value for e in known], bars, label=title, color=f"C{place % 10}", linewidth=1.2,
-                          elinewidth=0.8, linestyle=("-", "--")[place // 10 % 2])  # fmt: skip
+            at = [i + 0.03 * (place - len(table) / 2) for i in range(len(found))]
+            _line(axis, at, found, label=title, color=f"C{place % 10}")
         axis.set_xticks(range(len(shots)), ["all" if s is None else str(s) for s in shots])
         axis.set(xlabel="labels a class", ylim=(0, None))
         if column == 0:
             axis.legend(fontsize=8, frameon=False, loc="upper left")
+    for column, sweep in enumerate(sweeps):
+        title = SWEEPS[sweep.key][0].removeprefix("the ")
+        axis = plots.add(fig, grid[1, column], f"all labels, seeds {', '.join(map(str, sweep.seeds))}")
+        for place, mine in enumerate(sweep.rows.values()):
+            for color, task in enumerate(TITLES):
+                name = next(run["title"] for run in runs if run["row"] == mine[max(mine)]).partition(",")[0]
+                _line(axis, [value * (1 + 0.01 * place) for value in mine],
+                      [sweep.estimates[task, row] for row in mine.values()], label=f"{TITLES[task][:3]} {name}",
+                      color=f"C{color}", linestyle=("-", "--", ":")[place], marker=("o", "s", "^")[place])  # fmt: skip
+        axis.set_xscale("log", base=2)
+        values = sorted({value for mine in sweep.rows.values() for value in mine})
+        axis.set_xticks(values, [f"{value:g}" for value in values])
+        axis.set(xlabel=title, ylim=(0, 1.2), yticks=[i / 5 for i in range(6)])
+        axis.legend(fontsize=8, frameon=False, loc="upper left", ncols=len(sweep.rows))
     replace_picture(path, fig)
+
+
+def _line(axis: plots.Axes, at: list[float], found: list[Estimate | None], **style: Any) -> None:
+    """Values with their intervals, those that are known."""
+    known = [(x, e) for x, e in zip(at, found, strict=True) if e is not None]
+    bars = [[e.value - e.low for _, e in known], [e.high - e.value for _, e in known]]
+    axis.errorbar([x for x, _ in known], [e.value for _, e in known], bars, linewidth=1.2, elinewidth=0.8, **style)
 
 
 def _mean(found: list[float | None]) -> str:

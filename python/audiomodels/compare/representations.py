@@ -288,8 +288,14 @@ class RepresentationComparison:
         if not (folder / "config.json").is_file():
             torch.manual_seed(seed)
             model = PatchCodes(PatchCodesConfig(n_code=row.n_code, sample_rate=RATE, **self.protocol.coder))
-            out = folder.parents[1] / f"autoencoder-{row.share:g}" / f"seed{seed}"
-            patch_codes.learn(model, sound, self.run_of(out, 2e-3, self.protocol.steps, seed))
+            if row.n_code == self.protocol.n_code:
+                out = folder.parents[1] / f"autoencoder-{row.share:g}" / f"seed{seed}"
+                patch_codes.learn(model, sound, self.run_of(out, 2e-3, self.protocol.steps, seed))
+            else:
+                learned = self.coder(replace(row, n_code=self.protocol.n_code), seed, sound)
+                for part in ("encoder", "decoder"):
+                    getattr(model, part).load_state_dict(getattr(learned, part).state_dict())
+                model.fit_codes(sound, seed=seed)
             model.cpu().eval().save_pretrained(folder)
         return PatchCodes.from_pretrained(folder)
 
@@ -313,20 +319,22 @@ class RepresentationComparison:
         """What the probe reads of a task."""
         train, dev = (split_of(encoder, clips, task.single) for clips in (task.train, task.dev))
         test = dev if task.test is task.dev else split_of(encoder, task.test, task.single)
-        options = {"shots": shots, "draws": self.protocol.draws, "classifier": mlp if row.kind == "bag" else None}
-        return linear_probe(train, dev, test, **options)
+        return self.read(row, (train, dev, test), shots)
+
+    def read(self, row: Row, splits: tuple[Split, Split, Split], shots: tuple[int | None, ...]) -> list[ProbeScore]:
+        """The probe of a row, on features that are there."""
+        classifier = mlp if row.kind == "bag" else None
+        return linear_probe(*splits, shots=shots, draws=self.protocol.draws, classifier=classifier)
 
     def noise(self, encoder: Encoder, row: Row, task: Task) -> dict[str, Any]:
         """Under noise in the test sounds alone: the probe's score, and the share of the codes that are others."""
-        found, coder = {}, getattr(encoder, "coder", None)
+        train, dev = (split_of(encoder, clips, task.single) for clips in (task.train, task.dev))
+        found, clean = {}, codes_of(encoder, task.test)
         for decibels in NOISES:
-            other = replace(task, test=noisy(task.test, decibels))
-            changed = None
-            if coder is not None:
-                pairs = [(coder.encode(task.test[i][0][None]), coder.encode(other.test[i][0][None]))
-                         for i in range(len(task.test))]  # fmt: skip
-                changed = float(torch.cat([(a != b)[0] for a, b in pairs]).float().mean())
-            found[f"{decibels:g}"] = {"test": self.probe(encoder, row, other, (None,))[0].test, "changed": changed}
+            test = noisy(task.test, decibels)
+            changed = None if clean is None else float((codes_of(encoder, test) != clean).float().mean())
+            score = self.read(row, (train, dev, split_of(encoder, test, task.single)), (None,))[0].test
+            found[f"{decibels:g}"] = {"test": score, "changed": changed}
         return found
 
     def learning_rate(self, row: Row) -> float:
@@ -358,6 +366,12 @@ def split_of(encoder: Encoder, clips: TagClips, single: bool) -> Split:
     """Features and labels of some clips, as the probe takes them."""
     features = features_of(encoder, (clips[i][0] for i in range(len(clips))))
     return Split(features, clips.labels.int().argmax(1) if single else clips.labels)
+
+
+def codes_of(encoder: Encoder, clips: TagClips) -> Tensor | None:
+    """All codes of some clips, one after another; None where the encoder reads none."""
+    coder = getattr(encoder, "coder", None)
+    return None if coder is None else torch.cat([coder.encode(clips[i][0][None])[0] for i in range(len(clips))])
 
 
 def parameters_of(encoder: Encoder) -> int:
