@@ -268,7 +268,7 @@ inline void tensor_load(uint32_t to, const void* map, int x, int y, int z, int w
   if (m.mark != host::kTensorMapMark) host::fail("a tensor map that nobody encoded");
   const size_t bytes = size_t(m.box[0]) * m.box[1] * m.box[2] * m.box[3] * 2;
   host::at(to, bytes, 128, "tensor load");
-  host::later([=] {
+  host::later(bar, [=] {
     uint32_t at = to;  // the box lies dense, 16-byte chunks of 32 bytes change places where bit 7 of the address is set
     for (uint32_t l = 0; l < m.box[3]; l++)
       for (uint32_t k = 0; k < m.box[2]; k++)
