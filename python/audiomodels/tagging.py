@@ -1,6 +1,6 @@
 """Training and scoring of taggers: the task for train.fit, mean average precision, note F1.
 
-mAP is the mean over labels of the average precision, scikit-learn's; a label without a positive clip has no average
+mAP is the mean over labels of scikit-learn's average_precision_score; a label without a positive clip has no average
 precision and is left out, and how many were is told. For chords the same probabilities give note F1 (harmonic mean of
 precision and recall over all pairs of clip and note, at a threshold) and frame AP (average precision over all pairs; a
 frame is a clip of one second).
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from audiomodels import checkpoint
+from audiomodels._optional import require
 from audiomodels.tag_data import TagClips
 from audiomodels.tagger import Tagger, seconds_of
 from audiomodels.train import TrainConfig
@@ -75,20 +76,13 @@ def score_clips(model: Tagger, clips: TagClips, *, hop: float = 0.5) -> Tensor:
 
 
 def average_precisions(scores: Tensor, labels: Tensor) -> Tensor:
-    """Average precision of each label, (n_class,), NaN where no clip has it; scores and labels are (clips, n_class).
-
-    The mean, over the clips that have the label, of the precision among those that score at least as high. All labels
-    at once: scikit-learn's average_precision_score, which is the same, checks its arguments for milliseconds a label.
-    """
+    """Average precision of each label, (n_class,), NaN where no clip has it; scores and labels are (clips, n_class)."""
     if scores.shape != labels.shape or scores.ndim != 2:
         raise ValueError(f"scores and labels must both be (clips, n_class), got {scores.shape} and {labels.shape}")
-    scores, order = scores.double().sort(dim=0, descending=True)
-    labels = labels.bool().gather(0, order).double()
-    rank = torch.arange(len(scores))[:, None].expand_as(scores)
-    last = torch.cat([scores[1:] != scores[:-1], torch.ones_like(scores[:1], dtype=torch.bool)])  # of equal scores
-    last = torch.where(last, rank, len(scores)).flip(0).cummin(0).values.flip(0)
-    precision = (labels.cumsum(0) / (rank + 1)).gather(0, last)
-    return (precision * labels).sum(0) / labels.sum(0)
+    score = require("sklearn.metrics").average_precision_score
+    scores, labels = scores.double().numpy(), labels.bool().numpy()
+    columns = zip(labels.T, scores.T, strict=True)
+    return torch.tensor([score(y, s) if y.any() else math.nan for y, s in columns], dtype=torch.float64)
 
 
 def mean_average_precision(scores: Tensor, labels: Tensor, *, least: int = 1) -> tuple[float, int]:
