@@ -9,7 +9,8 @@ Verma & Chafe, "A generative model for raw audio using transformer architectures
 100 ms of context, 128 channels, 3 layers of 4 heads, or 6 and 8 layers of 8. Their conditioning is `context_channels`:
 six causal convolutions over the past 4,000 samples give a code of 128 numbers at every sample, which enters by
 `fusion`. They slide with the sample, so the strides of a network that reads one crop of 4,000 are dilations here. What
-the paper leaves open is chosen: norms come first, the MLP is four times as wide, positions are rotary.
+the paper leaves open is chosen: norms come first, the MLP is four times as wide, positions are rotary, and fresh heads
+look at lags of their own (start_lags).
 
 The window slides in every layer over the whole stream, so that generation with a ring of keys and values computes
 exactly the full forward pass (one call of audiokernels.transformer_generate). `model.mode = "recompute"` is the paper's
