@@ -46,6 +46,8 @@ def make(seed: int = 0, **config) -> SampleTransformer:
         model.out.weight.normal_(std=1.3 * model.config.n_embd**-0.5)
         for name, parameter in model.named_parameters():
             parameter *= 3 if "qkv.weight" in name else 1.5
+        for block in model.blocks:  # heads that look at all of the window, not at their lags alone
+            block.qkv.bias.uniform_(-0.4, 0.4)
     return model
 
 
