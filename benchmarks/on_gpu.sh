@@ -16,9 +16,9 @@
 # its tests are tests/test_<room>.py and tests/test_<room>_*.py. A test is for the GPU if its name, parameters or
 # markers say "cuda" or "gpu"; those that run a GPU's kernels on the host are left out, and several run at a time where
 # pytest-xdist is, since Triton compiles for minutes. Where they name a variable that asks for another kernel
-# (AUDIOKERNELS_ATTENTION_CUDA), those that do not ask for it themselves run once more with it. compute-sanitizer's memcheck and synccheck run those of a file
-# that say "sanitize" too (in a file without that word: all but CUDA graphs, compile, export and opcheck), racecheck
-# those that say "racecheck".
+# (AUDIOKERNELS_ATTENTION_CUDA), those that do not ask for it themselves run once more with it. compute-sanitizer's
+# memcheck and synccheck run those of a file that say "sanitize" too (in a file without that word: all but CUDA graphs,
+# compile, export and opcheck), racecheck those that say "racecheck".
 #
 # Variables: PYTHON (default python3, or .venv/bin/python), COMMIT (for the CSV, where the tree has no .git), OUT (a
 # folder that gets a copy of the results), AUDIOKERNELS_CUDA and TORCH_CUDA_ARCH_LIST (default: this GPU's) for the build.
