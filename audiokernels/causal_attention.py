@@ -20,12 +20,7 @@ from torch import Tensor
 from audiokernels._checks import check_dense, check_device, check_floating
 from audiokernels._library import C, lib, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
-from audiokernels.causal_attention_plan import (
-    causal_attention_backward_plan,
-    causal_attention_plan,
-    device_facts,
-    unmapped,
-)
+from audiokernels.causal_attention_plan import causal_attention_backward_plan, device_facts, plan_of
 
 lib.define(
     "causal_attention(Tensor q, Tensor k, Tensor v, *, float? scale=None, SymInt? window=None) -> (Tensor, Tensor)"
@@ -504,8 +499,7 @@ def _describe_backward(grad_out, grad_lse, q, k, v, out, lse, **options) -> Expl
 
 def _plan(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[str, str]:
     """(kernel, why) of a call."""
-    known = _without_gpu("causal_attention", q)
-    return known or causal_attention_plan(q.shape, k.shape, q.dtype, window, device_facts(q.device), unmapped(k, v))[:2]
+    return _without_gpu("causal_attention", q) or plan_of(q, k, v, window)[:2]
 
 
 def _plan_backward(q: Tensor, k: Tensor, window: int | None) -> tuple[str, str]:

@@ -172,6 +172,12 @@ def causal_attention_plan(
     return Plan("Triton", why + remark, tile, headdim, keys, optimistic, device.precision)
 
 
+def plan_of(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Plan:
+    """causal_attention_plan of a call. Where k and v lie is looked at only if CUDA C++ is asked for."""
+    device = device_facts(q.device)
+    return causal_attention_plan(q.shape, k.shape, q.dtype, window, device, unmapped(k, v) if device.asked else "")
+
+
 def causal_attention_backward_plan(
     q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: torch.dtype, window: int | None, device: Device
 ) -> BackwardPlan:

@@ -24,15 +24,7 @@ from torch import Tensor
 
 from audiokernels._triton import Launch
 from audiokernels.causal_attention import causal_attention_ref, lse_like, output_like
-from audiokernels.causal_attention_plan import (
-    REFERENCE,
-    SM90,
-    Plan,
-    Tile,
-    causal_attention_plan,
-    device_facts,
-    unmapped,
-)
+from audiokernels.causal_attention_plan import REFERENCE, SM90, Plan, Tile, plan_of
 
 LOG2_E = 1.4426950408889634
 
@@ -374,7 +366,7 @@ def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """The op causal_attention on the device of q."""
-    plan = causal_attention_plan(q.shape, k.shape, q.dtype, window, device_facts(q.device), unmapped(k, v))
+    plan = plan_of(q, k, v, window)
     if plan.kernel == REFERENCE:
         return causal_attention_ref(q, k, v, scale=scale, window=window)
     out, lse = output_like(q), lse_like(q)

@@ -412,7 +412,7 @@ def test_the_op_takes_it_where_it_is_asked_for(monkeypatch):
         out.copy_(results[0]), lse.copy_(results[1])
 
     library.impl("_causal_attention_sm90", kernel, "CPU")
-    monkeypatch.setattr(triton, "device_facts", lambda device: H100)
+    monkeypatch.setattr(plans, "device_facts", lambda device: H100)
     try:
         q, k, v = inputs((1, 4, 2, 70, 90, 8))
         out, lse = triton.causal_attention(q, k, v, scale=0.2, window=40)
