@@ -157,6 +157,12 @@ def test_save_and_load(model, tmp_path):
         PatchCodes.from_pretrained(tmp_path)
 
 
+def test_other_sounds_on_resuming(tmp_path, caplog):
+    for sound, said in ((note(60), False), (note(60), False), (note(61), True)):
+        learn(PatchCodes(TINY), recordings([sound]), settings(tmp_path, steps=5, length=320))
+        assert ("resumed with other settings: {'data': " in caplog.text) == said
+
+
 def test_bands_share_a_stream(tmp_path):
     torch.manual_seed(0)
     model, data = PatchCodes(TINY), recordings([note(60), note(70)])

@@ -22,7 +22,7 @@ from audiomodels import codebook as cb
 from audiomodels import features, quantize
 from audiomodels.data import Crops, Recordings
 from audiomodels.pretrained import Pretrained
-from audiomodels.train import History, Objective, TrainConfig, fit
+from audiomodels.train import History, Objective, TrainConfig, changed, fit
 
 LOUDNESS = 0.5  # power of the magnitude that patches hold: peaks count more than noise; a full-scale sine peaks at 1
 
@@ -184,7 +184,7 @@ def learn(model: PatchCodes, recordings: Recordings, training: TrainConfig) -> H
     if all(not audio.any() for audio in _sounds(recordings, 1)):
         raise ValueError("recordings must hold sound, got silence alone")
     crops = Crops(recordings, batch=training.batch, length=training.length, context=0, seed=training.seed)
-    history = fit(model, lambda step: model.patches(crops.audio(step)), training, task=Objective(reconstruction))
+    history = fit(model, changed(crops.audio, model.patches), training, task=Objective(reconstruction))
     model.fit_codes(recordings, seed=training.seed)
     return history
 

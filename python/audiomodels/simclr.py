@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from audiomodels.cnn import CNN, CNNConfig
 from audiomodels.pretrained import Pretrained
+from audiomodels.train import data_of
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Views:
         seed: int = 0,
     ):
         self.sounds, self.log_mel, self.frames, self.seed = sounds, log_mel, frames, seed
-        self.data = getattr(getattr(sounds, "__self__", sounds), "data", None)  # in words, for a run that is resumed
+        self.data = data_of(sounds)  # for a run that is resumed
 
     @torch.no_grad()
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:

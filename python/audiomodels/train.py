@@ -345,9 +345,9 @@ def fit(
     """Train `model` in place until `config.steps`, resuming what is in `config.out`; returns the History of all steps.
 
     crops(step): codes (batch, context + length + 1), integers, or (codes, {"condition": ..., "label": ...}), tensors of
-    as many rows that go to the model's forward; a pure function of the step, as data.Crops. Where crops has `data`, a
-    text, a run that is resumed with another one is told so. valid: data.Recordings for
-    `evaluate`. on_step(steps done, bits per sample) runs at the end of each step. With a `task` other than NextCode,
+    as many rows that go to the model's forward; a pure function of the step, as data.Crops. Where crops, or the object
+    whose method it is, has `data`, a text, a run that is resumed with another one is told so. valid: data.Recordings
+    for `evaluate`. on_step(steps, bits per sample) runs at the end of each step. With a `task` other than NextCode,
     crops(step) and valid are what that task takes.
     The global RNGs are seeded or restored. SIGTERM and Ctrl-C finish the step, save, and exit with 143 and 130.
     A step whose loss or gradient is not finite is skipped, and weights that are not finite are restored from the last
@@ -382,6 +382,21 @@ def fit(
     return log.history
 
 
+def data_of(crops: Callable[[int], Any]) -> str | None:
+    """The sounds that `crops` draws from, in words: its `data`; of a method, such as Crops(...).audio, its object's."""
+    return getattr(getattr(crops, "__self__", crops), "data", None)
+
+
+def changed(crops: Callable[[int], Any], change: Callable[[Any], Any]) -> Callable[[int], Any]:
+    """step -> change(crops(step)), with the `data` of crops."""
+
+    def drawn(step: int) -> Any:
+        return change(crops(step))
+
+    drawn.data = data_of(crops)
+    return drawn
+
+
 class _Run:
     """Model, optimizer and position of one training run; every rank has one."""
 
@@ -389,7 +404,7 @@ class _Run:
         self, model: nn.Module, crops: Callable[[int], Any], config: TrainConfig, stop: _Stop, task: Any
     ) -> None:
         self.crops, self.config, self.stop, self.task = crops, config, stop, task
-        self.data = getattr(crops, "data", None)  # in words
+        self.data = data_of(crops)
         self.model, self.optimizer, self.device = _place(model, config)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if checkpoint.distributed() else (0, 1)
         if config.batch % self.world:

@@ -28,7 +28,7 @@ from audiomodels._optional import require
 from audiomodels.code_lm import CodeLM, CodeLMConfig
 from audiomodels.data import Recordings
 from audiomodels.pretrained import Pretrained
-from audiomodels.train import TrainConfig, fit
+from audiomodels.train import TrainConfig, changed, fit
 from audiomodels.unit_decoder import ConditionedCrops
 
 WINDOWS = (2048, 1024, 512, 128)  # samples of the spectral loss; hops are a quarter
@@ -225,7 +225,7 @@ def train_prior(model: VQVAE, level: int, recordings: Recordings, sizes: CodeLMC
     streams = Recordings(rows, sample_rate=1, companding="codes", n_class=model.config.n_code)
     options = {"batch": training.batch, "length": training.length, "context": training.context}
     crops = ConditionedCrops(streams, above.hop // here.hop, **options, seed=training.seed)
-    fit(prior, crops if prior.condition is not None else lambda step: crops(step)[0], training)
+    fit(prior, crops if prior.condition is not None else changed(crops, operator.itemgetter(0)), training)
     return prior.eval()
 
 
