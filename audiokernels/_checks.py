@@ -4,6 +4,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,6 +42,11 @@ def is_whole(value: object) -> bool:
     return not isinstance(value, bool)
 
 
+def is_size(value: object) -> bool:
+    """The same, and torch's symbolic ones, which is_whole would fix to a number."""
+    return not isinstance(value, bool) and (isinstance(value, (int, torch.SymInt)) or is_whole(value))
+
+
 def check_device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """Raise ValueError unless both are on one device."""
     if tensor.device != like.device:
@@ -60,4 +66,16 @@ def refuse_grad(op: str, **tensors: Tensor | None) -> None:
             raise RuntimeError(
                 f"{op} has no gradient, but {name} requires grad: call it under torch.inference_mode() or "
                 "torch.no_grad(), or detach the tensor"
+            )
+
+
+def refuse_tangents(op: str, **tensors: Tensor) -> None:
+    """Raise NotImplementedError under forward-mode AD: torch drops the tangents of an op without it, silently."""
+    if forward_ad._current_level < 0:
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{op} has no forward-mode derivative, but {name} has a tangent (of torch.func.jvp, for "
+                "example): torch.autograd.functional.jvp takes gradients instead"
             )

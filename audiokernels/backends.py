@@ -1,5 +1,6 @@
 """Which kernel serves which op on which device, and why: a silent fallback cannot hide."""
 
+import inspect
 import re
 import sys
 import warnings
@@ -43,9 +44,14 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
         op: a public function of audiokernels or its name.
 
     Raises:
+        TypeError: these arguments are not those of op.
         ValueError: op is none of those that can be explained.
     """
     name = _known(op)
+    try:
+        inspect.signature(_describers[name]).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"explain({name}, ...): {error}") from None
     answer = _describers[name](*args, **kwargs)
     if any(implementation(name, device).endswith(ASKED) for device in ("cpu", "cuda")):
         return replace(answer, kernel=REFERENCE, why=ASKED)

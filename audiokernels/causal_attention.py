@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from audiokernels._checks import check_dense, check_device, check_floating
+from audiokernels._checks import check_dense, check_device, check_floating, refuse_tangents
 from audiokernels._library import C, lib, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.causal_attention_plan import causal_attention_backward_plan, device_facts, plan_of
@@ -65,7 +65,9 @@ def causal_attention(
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
+        NotImplementedError: q, k or v has a tangent: there is no forward-mode derivative.
     """
+    refuse_tangents("causal_attention", q=q, k=k, v=v)
     try:
         out, lse = _op(q, k, v, scale=scale, window=window)
     except (RuntimeError, TypeError, ValueError, OverflowError):

@@ -13,6 +13,7 @@ coefficients, 2 (1 - 2^-J) additions an element. The mean over blocks of 2^l ste
 import torch
 from torch import Tensor
 
+from audiokernels._checks import is_size, refuse_tangents
 from audiokernels._library import lib, triton_launcher
 from audiokernels.backends import Explanation, describe
 from audiokernels.haar_pool import check_input, kernel_of
@@ -39,7 +40,9 @@ def haar_dwt(x: Tensor, n_levels: int, *, pad: str = "zero") -> Tensor:
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
+        NotImplementedError: x has a tangent: there is no forward-mode derivative.
     """
+    refuse_tangents("haar_dwt", x=x)
     if pad not in ("zero", "edge"):
         raise ValueError(f'pad must be "zero" or "edge", got {pad!r}')
     _check(x, n_levels)
@@ -74,7 +77,9 @@ def haar_idwt(coeffs: Tensor, n_levels: int, *, seqlen: int | None = None) -> Te
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
+        NotImplementedError: coeffs has a tangent: there is no forward-mode derivative.
     """
+    refuse_tangents("haar_idwt", coeffs=coeffs)
     _check_inverse(coeffs, n_levels, seqlen=seqlen)
     return _inverse_op(coeffs, n_levels, seqlen=seqlen)
 
@@ -106,7 +111,7 @@ def _check(x, n_levels, *, edge=False) -> None:
 
 def _check_levels(x: Tensor, name: str, n_levels: int) -> None:
     check_input(x, 3, name)
-    if isinstance(n_levels, bool) or not isinstance(n_levels, (int, torch.SymInt)):
+    if not is_size(n_levels):
         raise TypeError(f"n_levels must be an integer, got {type(n_levels).__name__}")
     if not 0 <= n_levels <= MAX_LEVELS:
         raise ValueError(f"n_levels must be 0..{MAX_LEVELS}, got {n_levels}")
@@ -118,7 +123,7 @@ def _check_inverse(coeffs, n_levels, *, seqlen=None) -> None:
     if length % (1 << int(n_levels)):
         raise ValueError(f"coeffs must have a multiple of 2^n_levels = {1 << int(n_levels)} steps, got {length}")
     if seqlen is not None:
-        if isinstance(seqlen, bool) or not isinstance(seqlen, (int, torch.SymInt)):
+        if not is_size(seqlen):
             raise TypeError(f"seqlen must be an integer or None, got {type(seqlen).__name__}")
         if seqlen < 0 or _padded(seqlen, n_levels) != length:
             raise ValueError(f"seqlen must give {length} steps when padded to a multiple of 2^n_levels, got {seqlen}")

@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from audiokernels._checks import is_whole
+from audiokernels._checks import is_size, is_whole
 
 MAX_LEVEL = 62
 
@@ -40,8 +40,7 @@ def haar_levels(dim: int, seqlen: int, plan: str = "dyadic") -> tuple[int, ...]:
 def plan_runs(dim: int, seqlen: int | None, plan: str = "dyadic") -> list[int]:
     """The same as runs; without a seqlen every level of the dyadic plan stays as it is."""
     for name, value in (("dim", dim), ("seqlen", 0 if seqlen is None else seqlen)):
-        number = isinstance(value, (int, torch.SymInt)) or is_whole(value)  # whose test would fix a symbolic one
-        if isinstance(value, bool) or not number:
+        if not is_size(value):
             raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
         if value < 0:
             raise ValueError(f"{name} must be >= 0, got {value}")

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from audiokernels._checks import check_dense, check_floating, check_not_expanded
+from audiokernels._checks import check_dense, check_floating, check_not_expanded, refuse_tangents
 from audiokernels._gpu import device_facts
 from audiokernels._library import C, lib, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
@@ -50,8 +50,10 @@ def haar_pool(
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
+        NotImplementedError: x has a tangent: there is no forward-mode derivative.
     """
     check_input(x, 3)
+    refuse_tangents("haar_pool", x=x)
     causal, count = options(mode, norm)
     return _op(x, level_runs(levels, x.shape[2], x.shape[1]), causal=causal, count=count)
 

@@ -69,6 +69,9 @@ class Sampling:
 
     def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Codes int64 (batch,) by inverse CDF: logits (batch, n_class), uniforms (batch,) in [0, 1)."""
+        for name, tensor in (("logits", logits), ("uniforms", uniforms)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if logits.ndim != 2 or uniforms.shape != logits.shape[:1]:
             came = f"{tuple(logits.shape)} and {tuple(uniforms.shape)}"
             raise ValueError(f"logits must have shape (batch, n_class) and uniforms (batch,), got {came}")

@@ -168,7 +168,7 @@ class TransformerPack:
             ValueError: another dtype.
         """
         if dtype not in CACHE_DTYPES:
-            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype!r}")
         return TransformerPack(self.data, replace(self.shape, cache_dtype=dtype))
 
 
@@ -280,7 +280,7 @@ def transformer_unpack(data: Tensor, shape: TransformerShape) -> dict[str, tuple
 def _shape_of(weights, n_head, window, positions, fusion, haar, dtype, hop) -> TransformerShape:
     """Check transformer_pack's arguments and read the sizes off them."""
     if dtype not in (torch.float32, torch.bfloat16, torch.int8):
-        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.int8, got {dtype}")
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.int8, got {dtype!r}")
     for name, value, allowed in (("positions", positions, POSITIONS), ("fusion", fusion, FUSIONS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

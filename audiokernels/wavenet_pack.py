@@ -192,7 +192,7 @@ def wavenet_unpack(data: Tensor, shape: WaveNetShape) -> dict[str, Tensor]:
 def _shape_of(weights: Mapping[str, Tensor], dilations: Sequence[int], dtype: torch.dtype, hop: int) -> WaveNetShape:
     """Check wavenet_pack's arguments and read the sizes off them."""
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be torch.float32, float16, bfloat16 or int8, got {dtype}")
+        raise ValueError(f"dtype must be torch.float32, float16, bfloat16 or int8, got {dtype!r}")
     hop = check_whole("hop", hop, 1)
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must be a mapping of names to tensors, got {type(weights).__name__}")

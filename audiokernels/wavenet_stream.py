@@ -33,7 +33,7 @@ class WaveNetStream:
     Args:
         pack: from wavenet_pack, on the CPU; its weights are shared, not copied.
         seed: of the random numbers.
-        batch: number of streams.
+        batch: number of streams; with `state`, its rows are.
         temperature: >= 0; 0 takes the largest logit.
         top_k, top_p: as in wavenet_generate.
         condition: float32 (batch, frames, condition_channels); frame i holds for samples i * hop .. (i + 1) * hop - 1

@@ -79,6 +79,11 @@ def test_wrong_names():
     assert asked() == set()
 
 
+def test_explain_says_which_arguments_are_missing():
+    with pytest.raises(TypeError, match=r"^explain\(causal_attention, ...\): missing a required argument: 'v'$"):
+        explain("causal_attention", torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2, 8))
+
+
 def test_generation_goes_on_from_a_kernels_state():
     """Kernel and reference share packs and states."""
     pack = pack_of([1, 2, 4])

@@ -93,6 +93,26 @@ def test_generate_batch(call, model, data, tmp_path, dtype):
     torch.testing.assert_close(rows[2], quantize.decode(continued[2], "mulaw", 256), rtol=0, atol=1 / 32768)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate {model} --prompt {file} --out {file}",
+        "generate {model} --prompt {folder}/a_1.wav --batch 2 --out {folder}/a.wav",
+        "conceal {file} --gaps 0.1:0.02 --model {model} --out {folder}/../data/a.wav",
+        "continue {file} --out {file}",
+        "demo --recording {folder}/original.wav --out {folder}",
+    ],
+)
+def test_a_file_that_is_read_is_not_written(call, model, data, tmp_path, words):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.wav", "a_1.wav", "original.wav"):
+        (folder / name).write_bytes((data / "a.wav").read_bytes())
+    code, _, err = call(*words.format(model=model, folder=folder, file=folder / "a.wav").split())
+    assert code == 2 and "--out must be another file than" in err
+    assert all(file.read_bytes() == (data / "a.wav").read_bytes() for file in folder.iterdir())
+
+
 def test_generate_resamples_a_prompt_with_a_notice(call, model, tmp_path):
     write_audio(tmp_path / "p.wav", torch.zeros(1600), 16000)
     code, _, err = call(
@@ -107,7 +127,8 @@ def test_generate_reads_the_end_of_a_prompt(call, model, tmp_path):
     for name, before in (("short", 0), ("long", 9000)):
         write_audio(tmp_path / f"{name}.wav", torch.cat([torch.rand(before) - 0.5, end]), 8000)
         words = ("--prompt", tmp_path / f"{name}.wav", "-o", tmp_path / f"{name}_next.wav", "--seconds", 0.1)
-        assert call("generate", model, *words)[0] == 0
+        code, _, err = call("generate", model, *words)
+        assert code == 0 and "reading the prompt:   0%" in err and "reading the prompt: 100%" not in err
     assert (tmp_path / "short_next.wav").read_bytes() == (tmp_path / "long_next.wav").read_bytes()
 
 
@@ -302,8 +323,15 @@ def test_bench(call, monkeypatch):
         ("evaluate {stranger} {data}", "not the config of one of wavenet, sample_transformer"),
         ("evaluate {model} {no}", "no such file or folder"),
         ("evaluate {model} {model}", "no audio files"),
+        ("evaluate {model} {data} --max-targets 0", "--max-targets must be at least 1, got 0"),
+        ("evaluate {model} {short}", "short.wav: too short, nothing is left to test on"),
+        ("evaluate --model json:loads {data}", "--model json:loads: loads() cannot be called: "),
         ("evaluate {model} {data} --part piano", "has no parts; got 'piano'"),
         ("train {no} --out {tmp}/run", "no such file or folder"),
+        ("train {short} --out {tmp}/run", "short.wav: too short, nothing is left to test on"),
+        ("train-units {short} --out {tmp}/run", "recordings must hold at least one patch, 512 samples"),
+        ("demo --recording {short} --out {tmp}/run", "short.wav: too short, nothing is left to test on"),
+        ("continue {short} --models piano", "piano: no models to continue sound with"),
         ("train {data} --out {tmp}/run --steps 0", "steps must be at least 1, got 0"),
         ("train {data} --out {tmp}/run --model.n-label 3", "train takes models without condition and labels"),
         ("train {data} --out {data}/a.wav", "a.wav"),
@@ -314,6 +342,7 @@ def test_bench(call, monkeypatch):
 def test_mistakes_are_one_line_and_exit_code_2(call, model, data, tmp_path, words, text):
     config = WaveNetConfig(n_layer=1, residual_channels=4, skip_channels=4, head_channels=4, n_label=2)
     WaveNet(config).save_pretrained(tmp_path / "labelled")
+    write_audio(tmp_path / "short.wav", torch.full((1,), 0.1), 8000)
     (tmp_path / "folder.wav").mkdir()
     (tmp_path / "stranger").mkdir()
     (tmp_path / "stranger" / "config.json").write_text('{"n_layer": 3, "hidden": 1024}')
@@ -323,9 +352,11 @@ def test_mistakes_are_one_line_and_exit_code_2(call, model, data, tmp_path, word
         "data": data,
         "model": model,
         "tmp": tmp_path,
+        "short": tmp_path / "short.wav",
     }
     code, _, err = call(*(word.format(**places, labelled=tmp_path / "labelled") for word in words.split()))
     assert code == 2
+    assert not (tmp_path / "run").exists()
     line = err.splitlines()[-1]  # bars and notices may stand above it
     assert line.startswith("audiokernels: ") and text in line and "Traceback" not in err
 

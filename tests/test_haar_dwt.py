@@ -4,6 +4,7 @@ import functools
 import importlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -263,6 +264,20 @@ def test_vmap():
     assert torch.equal(coeffs, haar_dwt(x.flatten(0, 1), 2).unflatten(0, (3, 4)))
     back = torch.vmap(lambda v: haar_idwt(v, 2, seqlen=30), in_dims=1, out_dims=1)(coeffs.transpose(0, 1))
     torch.testing.assert_close(back, x.transpose(0, 1))
+
+
+@pytest.mark.parametrize("name, op", [("x", haar_dwt), ("coeffs", haar_idwt)])
+def test_forward_mode_is_refused_instead_of_dropped(name, op):
+    x = torch.randn(1, 8, 4)
+    with pytest.raises(NotImplementedError, match=f"no forward-mode derivative, but {name} has a tangent"):
+        torch.func.jvp(lambda x: op(x, 2), (x,), (x,))
+
+
+def test_integers_of_numpy_are_integers():
+    x = torch.randn(1, 8, 4)
+    coeffs = haar_dwt(x, np.int32(2))
+    assert torch.equal(coeffs, haar_dwt(x, 2))
+    assert torch.equal(haar_idwt(coeffs, np.int64(2), seqlen=np.int64(7)), haar_idwt(coeffs, 2, seqlen=7))
 
 
 def test_autocast_keeps_the_dtype():

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import audiomodels
 import pytest
 from house import (
     MODELS,
@@ -679,6 +680,12 @@ def test_the_files_are_found_with_and_without_git():
 def test_public_names_exist():
     assert sorted(audiokernels.__all__) == sorted(set(audiokernels.__all__))
     assert not [name for name in audiokernels.__all__ if not hasattr(audiokernels, name)]
+
+
+def test_type_checkers_read_the_names_that_audiomodels_loads_late():
+    stub = Path(audiomodels.__file__).with_suffix(".pyi").read_text()
+    names = re.findall(r"^from audiomodels\.(\w+) import (\w+) as \2$", stub, re.MULTILINE)
+    assert sorted((name, home) for home, name in names) == sorted(audiomodels._HOME.items())
 
 
 def test_backends_know_every_op():

@@ -145,6 +145,8 @@ def test_draw_names_what_does_not_fit():
     for logits, uniforms in ((torch.zeros(4), torch.zeros(4)), (torch.zeros(4, 3), torch.zeros(3))):
         with pytest.raises(ValueError, match="^logits must have shape"):
             Sampling().draw(logits, uniforms)
+    with pytest.raises(TypeError, match="^uniforms must be a tensor, got float"):
+        Sampling().draw(torch.zeros(1, 3), 0.5)
 
 
 # ---- the kernels

@@ -156,6 +156,10 @@ def test_plot_filters_tells_seeds_from_tasks(call, tmp_path):
         (["tag", "x.wav", "--model", "MODEL", "--top", "0"], "--top must be at least 1, got 0"),
         (["plot-filters", "MISSING"], "no such folder"),
         (["plot-filters"], "at least one MODEL"),
+        (["plot-filters", "piano", "--out", "OUT"], "is not one of audio_transformer; of the models shipped these are"),
+        (["plot-filters", "MODEL", "--out", __file__], "--out must be a folder"),
+        (["spectrogram", "x.wav", "--out", "OUT"], "x.wav: No such file"),
+        (["spectrogram", "x.wav", "--out", __file__], "--out must be a folder"),
         (["spectrogram"], "at least one FILE"),
     ],
 )
@@ -163,6 +167,7 @@ def test_mistakes_are_one_line(call, fsd, model, tmp_path, words, rule):
     names = {"MISSING": tmp_path / "missing", "FSD": fsd, "OUT": tmp_path / "out", "MODEL": model}
     code, out, err = call(*(names.get(word, word) for word in words))
     assert code == 2 and rule in err and len(err.splitlines()) == 1 and out == ""
+    assert not (tmp_path / "out").exists()
 
 
 def test_train_without_model_is_wavenets(call):

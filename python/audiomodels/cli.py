@@ -20,7 +20,7 @@ import audiokernels
 from audiomodels import checkpoint, peers
 from audiomodels._optional import require
 from audiomodels.commands import generators, taggers, units
-from audiomodels.commands.arguments import Name
+from audiomodels.commands.arguments import File, Name, check_not_read
 from audiomodels.corpus.builder import CorpusError
 from audiomodels.demo import DemoConfig, DemoError, run
 from audiomodels.pretrained import ModelError, shipped, title
@@ -61,11 +61,11 @@ class Demo(DemoConfig):
     alive and as loud as the recording, and the kernel's codes agree with plain PyTorch.
     """
 
-    recording: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = (
-        None  # audio file to train on; default: a bundled one
-    )
+    recording: File = None  # audio file to train on; default: a bundled one
 
     def run(self) -> None:
+        for name in ("out.wav", "piano.wav", "original.wav"):
+            check_not_read(self.out / name, self.recording)
         run(self)
 
 

@@ -98,6 +98,8 @@ def run(config: DemoConfig, model_config: WaveNetConfig | None = None, *, steps:
     rate = model_config.sample_rate
     recordings = Recordings.load(path, sample_rate=rate, companding=model_config.companding)
     head, tail = recordings.cut(TRAINED)
+    if not tail.seconds:
+        raise ValueError(f"{path}: too short, nothing is left to test on")
     name = f"{Path(path).name}, {recordings.seconds:.1f} s"
     print(f"WaveNet on {name}: training on the first {head.seconds:.1f} s, testing on the last {tail.seconds:.1f} s")
 

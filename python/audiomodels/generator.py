@@ -88,7 +88,10 @@ class Generator(Pretrained):
         dtype = torch.uint8 if self.config.n_class <= 256 else torch.int16
         codes, done = torch.empty(options.get("batch", 1), max(0, n), dtype=dtype, device=self._device), 0
         with require("tqdm").tqdm(total=n, unit="sample", unit_scale=True, disable=not progress) as bar:
+            if prompt is not None:
+                bar.set_description("reading the prompt")
             for block in self.stream(n, prompt, **options):
+                bar.set_description(refresh=False)
                 codes[:, done : done + block.shape[1]] = block
                 done += block.shape[1]
                 bar.update(block.shape[1])

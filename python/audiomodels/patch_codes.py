@@ -161,11 +161,15 @@ class PatchCodes(nn.Module, Pretrained):
     @torch.no_grad()
     def fit_codes(self, recordings: Recordings, *, seed: int = 0) -> None:
         """k-means over the bottlenecks of all of `recordings`; a recording shorter than a patch is left out."""
+        self.check_length(recordings)
         device = self.codebook.device
         rows = [self.encoder(self.patches(audio.to(device))).flatten(0, 2) for audio in _sounds(recordings, self.hop)]
-        if not rows:
-            raise ValueError(f"recordings must hold at least one patch, {self.hop} samples, in one piece")
         self.codebook.copy_(cb.fit_codebook(torch.cat(rows), self.config.n_code, seed=seed))
+
+    def check_length(self, recordings: Recordings) -> None:
+        """ValueError unless one of `recordings` holds a patch."""
+        if all(len(recording.codes) < self.hop for recording in recordings):
+            raise ValueError(f"recordings must hold at least one patch, {self.hop} samples, in one piece")
 
     def _codebook(self) -> Tensor:
         if not self.codebook.any():
@@ -183,6 +187,7 @@ def learn(model: PatchCodes, recordings: Recordings, training: TrainConfig) -> H
         raise ValueError(f"recordings must be at {model.sample_rate} Hz as the model, got {recordings.sample_rate}")
     if all(not audio.any() for audio in _sounds(recordings, 1)):
         raise ValueError("recordings must hold sound, got silence alone")
+    model.check_length(recordings)
     crops = Crops(recordings, batch=training.batch, length=training.length, context=0, seed=training.seed)
     history = fit(model, changed(crops.audio, model.patches), training, task=Objective(reconstruction))
     model.fit_codes(recordings, seed=training.seed)

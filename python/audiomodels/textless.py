@@ -190,12 +190,12 @@ def load(folder: str | Path) -> Textless:
 
     Errors: ModelError that says what is missing or does not fit.
     """
-    folder = model_folder(folder)
+    given, folder = folder, model_folder(folder)
     missing = [part for part in PARTS if not (folder / part / CONFIG).is_file()]
     if missing:
         raise ModelError(
-            f"{folder}: no models to continue sound with ({', '.join(missing)} missing). "
-            f"Train them on your recordings: audiokernels train-units DATA --out {folder}"
+            f"{given}: no models to continue sound with ({', '.join(missing)} missing). "
+            f"Train them on your recordings: audiokernels train-units DATA --out FOLDER"
         )
     kind = json.loads((folder / "coder" / CONFIG).read_text(encoding="utf-8"))
     if "encoder" in kind:

@@ -79,23 +79,27 @@ class TrainConfig:
     out: str
     """Folder of checkpoints and logs; a run that is there is resumed."""
     steps: int = 1000
+    """Of the optimizer, those of a resumed run among them."""
     batch: int = 8
     """Crops per step, over all processes."""
     length: int = 1600
-    """Targets per crop."""
+    """Targets per crop: samples or codes that are predicted and scored."""
     context: int = 1024
     """Codes before the first target; they are seen and not scored."""
     lr: float = 1e-3
+    """Learning rate of AdamW after the warm-up."""
     warmup: int = 100
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "plateau", "constant"] = "cosine"
     """cosine: to 0 at the last step; plateau: halved when `patience` evaluations in a row bring no better bits."""
     patience: int = 3
+    """Evaluations, of the schedule plateau."""
     weight_decay: float = 0.0
     """On matrices; vectors (biases, norms) are not decayed."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0: no limit."""
     seed: int = 0
+    """Of weights and crops."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast; weights and optimizer stay in fp32."""
     device: str = "auto"
@@ -107,9 +111,11 @@ class TrainConfig:
     eval_every: int = 500
     """Steps between evaluations on the validation recordings, where given; 0: at the end only."""
     eval_targets: int = 65536
+    """Most targets of an evaluation, spread evenly over the validation recordings."""
     tensorboard: bool = True
     """TensorBoard logs beside log.jsonl, where it is installed."""
     progress: bool = True
+    """Show a bar."""
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("length", 1), ("context", 0), ("warmup", 0), ("patience", 1)):

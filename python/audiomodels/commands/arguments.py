@@ -21,9 +21,17 @@ def check_seconds(seconds: float, most: float = 3600) -> None:
         raise ValueError(f"--seconds must be above 0 and at most {most:g}, got {seconds:g}")
 
 
-def check_sound_file(out: Path) -> None:
-    """ValueError unless `out` can be written as sound; said before the work, not after it."""
+def check_sound_file(out: Path, *read: Path | None) -> None:
+    """ValueError unless `out` can be written as sound and is none of the files `read`; said before the work."""
     _check_file(out, (".wav", ".flac"))
+    check_not_read(out, *read)
+
+
+def check_not_read(out: Path, *read: Path | None) -> None:
+    """ValueError if `out`, which will be written, is one of the files `read`: a recording would be lost."""
+    for file in read:
+        if file is not None and file.exists() and out.exists() and out.samefile(file):
+            raise ValueError(f"--out must be another file than {file}, which is read and would be lost")
 
 
 def check_picture_file(out: Path) -> None:
@@ -36,6 +44,17 @@ def _check_file(out: Path, suffixes: tuple[str, ...]) -> None:
         raise ValueError(f"--out must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}, got {out}")
     if out.is_dir():
         raise ValueError(f"--out must be a file, {out} is a folder")
+    _check_writable(out)
+
+
+def check_folder(out: Path) -> None:
+    """ValueError unless `out` is a folder or can become one."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, {out} is a file")
+    _check_writable(out / "file")
+
+
+def _check_writable(out: Path) -> None:
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise ValueError(f"--out {out} cannot be written: {above} is no folder that may be written to")

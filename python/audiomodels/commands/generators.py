@@ -139,7 +139,8 @@ class Generate:
         check_seconds(self.seconds)
         if not 1 <= self.batch <= 1024:
             raise ValueError(f"--batch must be 1 .. 1024, got {self.batch}")
-        check_sound_file(self.out)
+        for out in self._names():
+            check_sound_file(out, self.prompt)
         if (self.folder is None) == (self.model is None):
             names = ", ".join(shipped_of(GENERATORS)) or "none"
             raise ValueError(f"generate takes one MODEL: a folder, or one of the models shipped: {names}")
@@ -163,12 +164,17 @@ class Generate:
         )
         took = time.monotonic() - started
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        for row, audio in enumerate(quantize.decode(model.to_codes(codes), config.companding, config.n_class)):
-            name = self.out if self.batch == 1 else self.out.with_stem(f"{self.out.stem}_{row}")
+        rows = quantize.decode(model.to_codes(codes), config.companding, config.n_class)
+        for name, audio in zip(self._names(), rows, strict=True):
             write_audio(name, audio, config.sample_rate)
             print(name)
         rate = self.batch * (n + (0 if prompt is None else len(prompt))) / took
         print(f"{rate:,.0f} samples/s, {rate / self.batch / config.sample_rate:.2f} x real time a stream")
+
+    def _names(self) -> list[Path]:
+        if self.batch == 1:
+            return [self.out]
+        return [self.out.with_stem(f"{self.out.stem}_{row}") for row in range(self.batch)]
 
 
 @dataclass
@@ -200,7 +206,7 @@ class Conceal:
         for name in ("packet_ms", "fade_ms"):
             if not (0 if name == "fade_ms" else 0.1) <= getattr(self, name) <= 10_000:
                 raise ValueError(f"--{name.replace('_', '-')} is out of range, got {getattr(self, name):g}")
-        check_sound_file(self.out)
+        check_sound_file(self.out, self.file)
         model = unconditional(self.model)
         audio, rate = read_audio(self.file, sample_rate=model.config.sample_rate)
         packet, fade = max(1, round(self.packet_ms * rate / 1000)), round(self.fade_ms * rate / 1000)
@@ -220,7 +226,10 @@ class Conceal:
             "last packet": concealment.last_packet(packet),
             "pitch period": concealment.pitch_period(rate),
         }
-        filled = {name: concealment.conceal(audio, gaps, fade, fill, progress=True) for name, fill in fillers.items()}
+        filled = {
+            name: concealment.conceal(audio, gaps, fade, fill, progress=name == type(model).__name__)
+            for name, fill in fillers.items()
+        }
         self.out.parent.mkdir(parents=True, exist_ok=True)
         write_audio(self.out, filled[type(model).__name__], rate)
         print(self.out)
@@ -240,7 +249,7 @@ class PlotAttention:
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]  # a SampleTransformer: folder or name
     file: AudioFile  # audio file; read at the model's rate
-    out: Out = Path("attention.png")
+    out: Out = Path("attention.png")  # .png, .pdf or .svg
     seconds: float = 4.0  # of the recording, from its start
 
     def run(self) -> None:
@@ -276,6 +285,8 @@ class Evaluate:
     companding: Literal["mulaw", "linear"] = "mulaw"  # the same
 
     def run(self) -> None:
+        if self.max_targets < 1:
+            raise ValueError(f"--max-targets must be at least 1, got {self.max_targets}")
         given = len(self.paths)
         if given != (2 if self.model is None else 1):
             raise ValueError(
@@ -357,7 +368,10 @@ def splits(source: Path, config: Any, split: str, part: str | None) -> tuple[Rec
         held_out = Recordings.load(source, **kind, split=split)  # first: it is the one that may be missing
         return Recordings.load(source, **kind, split="train"), held_out, split
     except ValueError:  # no such splits, or a problem that the next line meets too
-        return *Recordings.load(source, **kind).cut(0.8), "the last 20 % of each recording"
+        head, tail = Recordings.load(source, **kind).cut(0.8)
+        if not tail.seconds:
+            raise ValueError(f"{source}: too short, nothing is left to test on") from None
+        return head, tail, "the last 20 % of each recording"
 
 
 def imported(name: str) -> torch.nn.Module:
@@ -369,7 +383,10 @@ def imported(name: str) -> torch.nn.Module:
     made = getattr(importlib.import_module(package), kind, None)
     if not callable(made):
         raise ValueError(f"--model {name}: {package} has no {kind} that can be called")
-    model = made()
+    try:
+        model = made()
+    except TypeError as error:
+        raise ValueError(f"--model {name}: {kind}() cannot be called: {error}") from error
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"--model must give a torch.nn.Module; {name} gave {type(model).__name__}")
     return model.eval()

@@ -15,7 +15,7 @@ from audiomodels._optional import require
 from audiomodels.audio import read_audio
 from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
 from audiomodels.cnn import CNN, CNNConfig
-from audiomodels.commands.arguments import AudioFile, Data, OutFolder, check_picture_file
+from audiomodels.commands.arguments import AudioFile, Data, OutFolder, check_folder, check_picture_file
 from audiomodels.compare.taggers import CompareTaggersConfig, TaggerComparison
 from audiomodels.data import clips, rows_of
 from audiomodels.registry import load
@@ -169,13 +169,14 @@ class Spectrogram:
         pictures = [self.out / f"{file.stem}.png" for file in self.files]
         if len(set(pictures)) < len(pictures):
             raise ValueError("FILE... must have different names, so that each has a picture of its own")
-        self.out.mkdir(parents=True, exist_ok=True)
+        check_folder(self.out)
         for file, picture in zip(self.files, pictures, strict=True):
             audio, rate = read_audio(file)
             fig, grid = plots.figure(11, 2.3 * len(self.kinds), len(self.kinds), 1)
             for row, kind in enumerate(self.kinds):
                 title = f"{file.name}, {len(audio) / rate:.1f} s at {rate:,} Hz: {kind}" if row == 0 else kind
                 plots.sound(plots.add(fig, grid[row, 0], title), kind, audio, rate)
+            self.out.mkdir(parents=True, exist_ok=True)
             fig.savefig(picture)
             print(picture)
 
@@ -198,9 +199,9 @@ class PlotFilters:
         if not self.models:
             raise ValueError("at least one MODEL must be given")
         banks, tasks, sounds, names = {}, {}, {}, _short_names(self.models)
-        self.out.mkdir(parents=True, exist_ok=True)
+        check_folder(self.out)
         for folder, name in zip(self.models, names, strict=True):
-            model = AudioTransformer.from_pretrained(folder)
+            model = load(folder, {"audio_transformer": AudioTransformer})
             config = model.config
             bank = filters.filter_bank(model.filters.weight, config.sample_rate)
             if config.sample_rate not in sounds:
@@ -214,6 +215,7 @@ class PlotFilters:
                 "principal components": filters.filter_bank(filters.principal_components(patches), config.sample_rate),
             }
             spectrum = filters.mean_spectrum(patches)
+            self.out.mkdir(parents=True, exist_ok=True)
             filters.draw(bank, controls, spectrum, name).savefig(self.out / f"filters_{name}.png")
             np.save(self.out / f"filters_{name}.npy", bank.centre.numpy())
             found = filters.kinds(bank)

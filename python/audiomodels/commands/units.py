@@ -56,7 +56,7 @@ class Continue:
 
     def run(self) -> None:
         check_seconds(self.seconds)
-        check_sound_file(self.out)
+        check_sound_file(self.out, self.file)
         models = textless.load(self.models)
         audio, _ = read_audio(self.file, sample_rate=models.coder.sample_rate)
         sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}

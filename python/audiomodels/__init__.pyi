@@ -1,0 +1,26 @@
+# What type checkers read: __init__.py loads the same names when they are first used.
+from audiomodels.audio import AudioError as AudioError
+from audiomodels.audio import AudioNotice as AudioNotice
+from audiomodels.audio import audio_info as audio_info
+from audiomodels.audio import read_audio as read_audio
+from audiomodels.audio import write_audio as write_audio
+from audiomodels.audio_transformer import AudioTransformer as AudioTransformer
+from audiomodels.audio_transformer import AudioTransformerConfig as AudioTransformerConfig
+from audiomodels.cnn import CNN as CNN
+from audiomodels.cnn import CNNConfig as CNNConfig
+from audiomodels.data import Crops as Crops
+from audiomodels.data import Recording as Recording
+from audiomodels.data import Recordings as Recordings
+from audiomodels.data import clips as clips
+from audiomodels.sample_rnn import SampleRNN as SampleRNN
+from audiomodels.sample_rnn import SampleRNNConfig as SampleRNNConfig
+from audiomodels.sample_transformer import SampleTransformer as SampleTransformer
+from audiomodels.sample_transformer import SampleTransformerConfig as SampleTransformerConfig
+from audiomodels.tag_data import Mixtures as Mixtures
+from audiomodels.tag_data import TagClips as TagClips
+from audiomodels.tag_data import TagCrops as TagCrops
+from audiomodels.tagging import Tagging as Tagging
+from audiomodels.wave_rnn import WaveRNN as WaveRNN
+from audiomodels.wave_rnn import WaveRNNConfig as WaveRNNConfig
+from audiomodels.wavenet import WaveNet as WaveNet
+from audiomodels.wavenet import WaveNetConfig as WaveNetConfig
