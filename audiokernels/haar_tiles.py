@@ -53,8 +53,8 @@ def strides(prefix: str, x: Tensor) -> dict[str, int]:
 
 
 def is_wide(rows: int, *tensors: Tensor) -> bool:
-    """Whether a tile of `rows` rows of one of them may span 2^31 elements."""
-    return any(rows * abs(x.stride(1)) + BLOCK_C[2] * abs(x.stride(2)) >= 1 << 31 for x in tensors)
+    """Whether `rows` rows of one of them, all its channels long, may span 2^31 elements: tiles count from channel 0."""
+    return any(rows * x.stride(1) + x.shape[2] * x.stride(2) >= 1 << 31 for x in tensors)
 
 
 def log2_tile(seqlen: int, largest: int) -> int:

@@ -191,6 +191,19 @@ def test_strides():
         assert torch.equal(got, want), way
 
 
+def test_offsets_are_wide_where_a_tile_spans_2_to_the_31():
+    """And only there: 64-bit offsets are another kernel, with other registers than the table's."""
+    for strides, wide in {
+        (1 << 27, 1 << 24, 128, 1): False,  # (2, 8, 131072, 128)
+        (1 << 40, 1 << 40, 128, 1): False,
+        (1, 1, 1 << 23, 1): True,
+        (1, 1, 1, 1 << 23): True,
+        (1, 1, 8 * (1 << 20) - 8, 1 << 20): True,  # neither a row nor a column alone
+    }.items():
+        x = torch.empty_strided((1, 1, 256, 128), strides, device="meta")
+        assert room.is_wide(x) == wide, strides
+
+
 def test_the_op_itself():
     q, k, v = inputs((2, 2, 1, 40, 50, 16), torch.float32)
     out, lse = room.causal_attention(q, k.expand(2, 1, 50, 16), v, window=20)
