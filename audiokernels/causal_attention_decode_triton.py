@@ -61,7 +61,8 @@ def decode_kernel(
     d = tl.arange(0, HEADDIM)
     mask = inside[:, None] & (d < headdim)[None, :]
     places = head.to(tl.int64) * q_head + step.to(tl.int64) * q_row
-    query = tl.load(row_offset(b, q_batch, q) + places[:, None] + d[None, :] * q_dim, mask=mask, other=0.0)
+    columns = d[None, :].to(tl.int64) * q_dim
+    query = tl.load(row_offset(b, q_batch, q) + places[:, None] + columns, mask=mask, other=0.0)
 
     # keys count from the oldest position that any query sees; key i lies in slot (oldest + i) mod capacity
     seqlen = tl.load(row_offset(b, seqlens_stride, seqlens)).to(tl.int64)

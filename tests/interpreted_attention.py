@@ -325,6 +325,17 @@ def test_keys_shared_out(splits):
         assert_same(out[i : i + 1], want, 5e-6)
 
 
+@pytest.mark.slow
+def test_a_query_whose_numbers_lie_apart():
+    """Its last ones beyond 2^31 numbers, in 4 GiB of which next to nothing is touched."""
+    apart = (1 << 23) + (1 << 17)
+    q = torch.empty(256 * apart, dtype=torch.float16).as_strided((1, 1, 1, 256), (1, 1, 1, apart))
+    q.copy_(torch.randn(1, 1, 1, 256))
+    cache, lens = torch.randn(1, 1, 20, 256).half(), torch.tensor([19], dtype=torch.int32)
+    out, want = (decode_room.causal_attention_decode(x, cache, cache, lens) for x in (q, q.contiguous()))
+    assert torch.equal(out, want)
+
+
 def test_cache_update():
     k, v = torch.randn(2, 2, 2, 19, 24)
     caches = torch.zeros(2, 2, 2, 23, 24)
