@@ -114,6 +114,12 @@ def tile_range(sums, b, c, low, high, tiles, long_first, long_count, BLOCK: tl.c
 
 
 @triton.jit
+def share_of(count, LEVEL: tl.constexpr):
+    """1 / count, to the bit where it is a whole block's: x / y in Triton may be two bits off, whatever y."""
+    return tl.where(count == 1 << LEVEL, 1.0 / (1 << LEVEL), 1.0 / count.to(tl.float32))
+
+
+@triton.jit
 def outer_tree(
     x, level, top, long_mean, left, LEVEL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -122,7 +128,7 @@ def outer_tree(
     `left` of the tile's steps are there.
     """
     count = tl.minimum(tl.maximum(left - tl.arange(0, ROWS) * (1 << LEVEL), 1), 1 << LEVEL)
-    mean = x * (1.0 / count.to(tl.float32))[:, None]
+    mean = x * share_of(count, LEVEL)[:, None]
     if ROWS == 1:
         mean = tl.where(level[None, :] > LEVEL, long_mean[None, :], mean)
     else:
@@ -147,7 +153,7 @@ def inner_tree(
     else:
         r, o = tl.arange(0, N)[:, None, None], tl.arange(0, ROWS)[None, :, None]
         count = tl.minimum(tl.maximum(left - (o * (1 << LOG_R) + r * (1 << LEVEL)), 1), 1 << LEVEL)
-        mean = x * (1.0 / count.to(tl.float32)) if LEVEL > 0 else x
+        mean = x * share_of(count, LEVEL) if LEVEL > 0 else x
         if top > LEVEL:
             sums = tl.sum(tl.reshape(x, [N // 2, 2, ROWS, BLOCK]), axis=1)
             above = inner_tree(sums, level, top, long_mean, left, LEVEL + 1, LOG_R, ROWS, BLOCK)
@@ -239,8 +245,8 @@ def causal_kernel(
                 high = tl.where(level > LOG_T, k, low)
                 y += tile_range(sums, b, c, low, high, tiles, long_first, long_count, BLOCK)[None, :]
         if not COUNT:
-            whole = tl.zeros([BLOCK], tl.float32) + seqlen.to(tl.float32)
-            y /= tl.where(level == 63, whole, tl.exp2(level.to(tl.float32)))[None, :]
+            share = ((127 - level) << 23).to(tl.float32, bitcast=True)  # 2^-level: exp2 is an approximation
+            y *= tl.where(level == 63, tl.div_rn(1.0, seqlen.to(tl.float32)), share)[None, :]
         elif not ADJOINT:
             y /= tl.minimum((start + 1 + i).to(tl.float32), block.to(tl.float32)[None, :])
     row = o_row
@@ -303,11 +309,10 @@ def update_kernel(
     tl.store(ring + stride, low, mask=slow)
     tl.store(ring + (phase + 1) * stride, value, mask=ringed & (phase != 0))
     if COUNT:
-        div = tl.minimum(steps + 1, block).to(tl.float32)
+        width = tl.minimum(steps + 1, block).to(tl.float32)
     else:
-        whole = tl.zeros([BLOCK], tl.float32) + seqlen.to(tl.float32)
-        div = tl.where(level == 63, whole, tl.exp2(level.to(tl.float32)))
-    y = tl.where(slow, ((total + rest) + low) / div, value)
+        width = tl.where(level == 63, seqlen.to(tl.float32), block.to(tl.float32))
+    y = tl.where(slow, tl.div_rn((total + rest) + low, width), value)
     tl.store(out + b * o_batch + c, y.to(out.dtype.element_ty), mask=mask)
 
     longest = tl.max(tl.where(last, block, 1))  # blocks that end: sums from the end, slots 1 .. block - 1
