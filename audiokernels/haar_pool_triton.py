@@ -6,8 +6,8 @@ begins: the sums up to each step within its block, and the sums from each step o
 that start anew at block edges; the latter are taken of the tile moved back by 2^level - 1 steps, which lies in the
 caches. Backward it is the same with time reversed. Levels beyond a tile add whole tiles' sums, of a launch before.
 
-In a tile of block mode 8 neighbouring steps (of 16 bits: 4) are the first axis, which Triton lays out within a thread:
-the lowest levels are additions of registers. In place, tiles of level 0 alone are neither read nor written.
+In a tile of block mode 8 neighbouring steps (of 16 bits: 4) lie in one thread: the lowest levels are additions of
+registers. In place, tiles of level 0 alone are neither read nor written.
 
 Compiled for sm_80 to sm_120 and run through Triton's interpreter; not yet run on a GPU.
 """
@@ -26,6 +26,7 @@ from audiokernels.haar_tiles import (
     Part,
     encoded,
     first_channel,
+    inner_first,
     is_wide,
     level_of,
     levels_of,
@@ -177,8 +178,7 @@ def block_kernel(
     if top >= least:
         start = k << LOG_T
         ROWS: tl.constexpr = 1 << (LOG_T - LOG_R)
-        r, o = tl.arange(0, 1 << LOG_R)[:, None, None], tl.arange(0, ROWS)[None, :, None]
-        i, d = o * (1 << LOG_R) + r, c[None, None, :]
+        i, d = inner_first(LOG_R, ROWS)[:, None], c[None, :]
         left = tl.minimum(seqlen - start, 1 << LOG_T).to(tl.int32)
         mask = (i < left) & (d < dim)
         if WIDE:
@@ -196,8 +196,9 @@ def block_kernel(
                 total = tile_range(sums, b, c.to(tl.int64), low, high, tiles, long_first, long_count, BLOCK)
                 count = tl.maximum(tl.minimum(seqlen - (low << LOG_T), block), 1)
                 long_mean = total / count.to(tl.float32)
-        wide = tile.to(tl.float32)
+        wide = tl.reshape(tile.to(tl.float32), [1 << LOG_R, ROWS, BLOCK])
         mean = inner_tree(wide, level, top, long_mean, left, 0, LOG_R, ROWS, BLOCK)
+        mean = tl.reshape(mean, [ROWS << LOG_R, BLOCK])
         tl.store(out + (b * o_batch + start * o_row) + (i * o_row + d * o_dim), mean.to(tile.dtype), mask=mask)
 
 

@@ -59,6 +59,8 @@ def test_one_kernel_compiled_ahead_of_time(tmp_path):
     x, out = (torch.empty(2, 512, 64, device="meta") for _ in range(2))
     kernel = compiled(dwt.dwt_launches(x, out, 3)[0], 90)
     assert spilled(kernel, tmp_path) == 0 and wide_loads(kernel)
+    # of three dimensions Triton 3.6 spreads those over a warp's threads that 3.7 keeps in one: 4 times the registers
+    assert not re.findall(r"tt\.(?:load|store) .*tensor<\d+x\d+x\d+x", kernel.asm["ttgir"])
 
 
 def test_windows_are_not_divided_by_approximation():
