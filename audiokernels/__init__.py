@@ -1,7 +1,6 @@
 """Fast PyTorch ops for sequence models over raw audio. `python -m audiokernels` shows which kernel serves which op."""
 
-from importlib.metadata import version as _version
-
+from audiokernels._library import version as _version
 from audiokernels.backends import Explanation, backends, explain, use_reference
 from audiokernels.causal_attention import causal_attention
 from audiokernels.causal_attention_decode import causal_attention_decode, kv_cache_update
@@ -51,4 +50,4 @@ __all__ = [
     "wavenet_state",
     "wavenet_unpack",
 ]
-__version__ = _version("audiokernels")
+__version__ = _version()

@@ -1,6 +1,7 @@
 """The op library that every room defines its ops in, and the compiled module where there is one."""
 
 import importlib
+import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -33,6 +34,14 @@ if C is None:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def version() -> str:
+    """That of the installed package; "unknown" where its folder was only copied."""
+    try:
+        return importlib.metadata.version("audiokernels")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def triton_launcher(op: str, module: str, check: Callable[..., None]) -> None:

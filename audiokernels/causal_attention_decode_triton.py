@@ -40,18 +40,18 @@ def at(base, rows, stride_row, columns, stride_col):
     return base + rows[:, None].to(tl.int64) * stride_row + columns[None, :].to(tl.int64) * stride_col
 
 
-@triton.jit(do_not_specialize=["nheads", "group", "steps", "capacity", "window"])
+@triton.jit(do_not_specialize=["nheads", "group", "steps", "capacity", "window", "splits"])
 def decode_kernel(
     q, k, v, seqlens, out, partial, partial_m, partial_norm,
     q_batch, q_head, q_row, q_dim, k_batch, k_head, k_row, k_dim,
     v_batch, v_head, v_row, v_dim, o_batch, o_head, o_row, o_dim, seqlens_stride,
-    nheads, group, steps, capacity, window, scale,
-    headdim: tl.constexpr, HEADDIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    nheads, group, steps, capacity, window, splits, scale,
+    headdim: tl.constexpr, HEADDIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SHARED: tl.constexpr,
     SEVERAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of the keys for ROWS of the group * steps queries of one key head."""
     pid = tl.program_id(0)
-    split, pid = pid % SPLITS, pid // SPLITS
+    split, pid = pid % splits, pid // splits
     blocks = tl.cdiv(group * steps, ROWS)
     row, pid = pid % blocks * ROWS + tl.arange(0, ROWS), pid // blocks
     nheads_kv = nheads // group
@@ -61,7 +61,8 @@ def decode_kernel(
     d = tl.arange(0, HEADDIM)
     mask = inside[:, None] & (d < headdim)[None, :]
     places = head.to(tl.int64) * q_head + step.to(tl.int64) * q_row
-    query = tl.load(row_offset(b, q_batch, q) + places[:, None] + d[None, :] * q_dim, mask=mask, other=0.0)
+    columns = d[None, :].to(tl.int64) * q_dim
+    query = tl.load(row_offset(b, q_batch, q) + places[:, None] + columns, mask=mask, other=0.0)
 
     # keys count from the oldest position that any query sees; key i lies in slot (oldest + i) mod capacity
     seqlen = tl.load(row_offset(b, seqlens_stride, seqlens)).to(tl.int64)
@@ -69,7 +70,7 @@ def decode_kernel(
     count = (seqlen + steps - oldest).to(tl.int32)
     own = (seqlen - oldest).to(tl.int32) + step
     slot = (oldest % capacity).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(tl.maximum(count, 0), KEYS), SPLITS) * KEYS
+    share = tl.cdiv(tl.cdiv(tl.maximum(count, 0), KEYS), splits) * KEYS
     end = tl.minimum(count, (split + 1) * share)
 
     k = row_offset(kv_head, k_head, row_offset(b, k_batch, k))
@@ -94,27 +95,27 @@ def decode_kernel(
         else:
             acc = tl.dot(weights, values, acc, input_precision=PRECISION)
 
-    if SPLITS == 1:
+    if not SHARED:
         places = head.to(tl.int64) * o_head + step.to(tl.int64) * o_row
         pointers = row_offset(b, o_batch, out) + places[:, None] + d[None, :] * o_dim
         tl.store(pointers, (acc / norm[:, None]).to(out.dtype.element_ty), mask=mask)
     else:
-        place = ((b * nheads + head) * steps + step).to(tl.int64) * SPLITS + split
+        place = ((b * nheads + head) * steps + step).to(tl.int64) * splits + split
         tl.store(partial_m + place, m, mask=inside)
         tl.store(partial_norm + place, norm, mask=inside)
         tl.store(partial + place[:, None] * headdim + d[None, :], acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["nheads", "steps"])
+@triton.jit(do_not_specialize=["nheads", "steps", "splits"])
 def combine_kernel(
-    partial, partial_m, partial_norm, out, o_batch, o_head, o_row, o_dim, nheads, steps,
-    headdim: tl.constexpr, HEADDIM: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
+    partial, partial_m, partial_norm, out, o_batch, o_head, o_row, o_dim, nheads, steps, splits,
+    headdim: tl.constexpr, HEADDIM: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """One query's output from its partial sums."""
     row = tl.program_id(0)
     split, d = tl.arange(0, PADDED), tl.arange(0, HEADDIM)
-    place = tl.cast(row, tl.int64) * SPLITS + split
-    inside = split < SPLITS
+    place = tl.cast(row, tl.int64) * splits + split
+    inside = split < splits
     mask = inside[:, None] & (d < headdim)[None, :]
     m = tl.load(partial_m + place, mask=inside, other=float("-inf"))
     norm = tl.load(partial_norm + place, mask=inside, other=0.0)
@@ -166,7 +167,7 @@ def decode_launches(
         "partial_m": q.new_empty((rows, parts), dtype=torch.float32),
         "partial_norm": q.new_empty((rows, parts), dtype=torch.float32),
     }
-    sizes = {"nheads": nheads, "steps": steps}
+    sizes = {"nheads": nheads, "steps": steps, "splits": plan.splits}
     arguments = {"q": q, "k": caches[0], "v": caches[1], "seqlens": seqlens, "out": out, **partial}
     for prefix, x in (("q", q), ("k", caches[0]), ("v", caches[1]), ("o", out)):
         arguments.update(strides(prefix, x))
@@ -177,7 +178,7 @@ def decode_launches(
         "HEADDIM": plan.headdim,
         "ROWS": plan.block_rows,
         "KEYS": plan.block_keys,
-        "SPLITS": plan.splits,
+        "SHARED": plan.splits > 1,
         "SEVERAL": steps > 1,
         "PRECISION": "ieee" if interpreted() else plan.precision,
     }
@@ -185,7 +186,7 @@ def decode_launches(
     grid = (batch * nheads_kv * blocks * plan.splits,)
     launches = [Launch(decode_kernel, grid, arguments, constants, {"num_warps": plan.warps, "num_stages": plan.stages})]
     if parts:
-        constants = {"headdim": headdim, "HEADDIM": plan.headdim, "SPLITS": parts, "PADDED": padded(parts)}
+        constants = {"headdim": headdim, "HEADDIM": plan.headdim, "PADDED": padded(parts)}
         arguments = {**partial, "out": out, **strides("o", out), **sizes}
         launches.append(Launch(combine_kernel, (rows,), arguments, constants, {"num_warps": 4, "num_stages": 1}))
     return launches

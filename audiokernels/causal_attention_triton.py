@@ -321,8 +321,8 @@ def strides(prefix: str, x: Tensor) -> dict[str, int]:
 
 
 def is_wide(*tensors: Tensor) -> bool:
-    """Whether a tile of up to 256 rows of one of them may span 2^31 elements."""
-    return any(256 * max(map(abs, x.stride())) >= 1 << 31 for x in tensors)
+    """Whether a tile of up to 256 rows and 256 columns of one of them may span 2^31 elements."""
+    return any(256 * (x.stride(2) + x.stride(3)) >= 1 << 31 for x in tensors)
 
 
 def interpreted() -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from audiokernels._triton import Launch
 from audiokernels.haar_dwt import haar_dwt_ref, haar_idwt_ref
 from audiokernels.haar_pool import refused_by_triton
-from audiokernels.haar_tiles import BLOCK_C, place, strides
+from audiokernels.haar_tiles import BLOCK_C, inner_first, place, strides
 
 LOG_TILE = 8
 LOG_INNER = 3
@@ -24,9 +24,9 @@ SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 
 @triton.jit
 def rows_of(pointer, row, end, stride, c, dim, dim_stride, tile, LOAD: tl.constexpr):
-    """Load or store rows `row` (tensor of the tile's shape but the last axis 1) of the channels c, up to row `end`."""
-    pointers = pointer + (row * stride + c * dim_stride)
-    mask = (row < end) & (c < dim)
+    """Load or store rows `row` of the channels c, up to row `end`."""
+    pointers = pointer + (row[:, None] * stride + c[None, :] * dim_stride)
+    mask = (row < end)[:, None] & (c < dim)[None, :]
     if LOAD:
         result = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     else:
@@ -44,21 +44,16 @@ def signs(N: tl.constexpr):
 
 @triton.jit
 def row_index(k, LEVEL: tl.constexpr, LOG_T: tl.constexpr, LOG_R: tl.constexpr):
-    """Rows of level LEVEL of tile k: (2^(LOG_R - LEVEL), rows, 1) within columns of the first axis, else (rows, 1)."""
+    """Rows of level LEVEL of tile k, what is left of 2^LOG_R neighbours as inner_first has it."""
     ROWS: tl.constexpr = 1 << (LOG_T - max(LEVEL, LOG_R))
-    o = tl.arange(0, ROWS).to(tl.int64)
-    if LEVEL < LOG_R:
-        r = tl.arange(0, 1 << (LOG_R - LEVEL)).to(tl.int64)
-        row = (k << (LOG_T - LEVEL)) + o[None, :, None] * (1 << (LOG_R - LEVEL)) + r[:, None, None]
-    else:
-        row = (k << (LOG_T - LEVEL)) + o[:, None]
-    return row
+    return (k << (LOG_T - LEVEL)) + inner_first(max(LOG_R - LEVEL, 0), ROWS).to(tl.int64)
 
 
 @triton.jit
 def split_pairs(a, LEVEL: tl.constexpr, LOG_T: tl.constexpr, LOG_R: tl.constexpr, BLOCK: tl.constexpr):
-    """(sums, differences) of level LEVEL + 1 of a tile's sums of level LEVEL."""
+    """(sums, differences) of level LEVEL + 1 of a tile's sums of level LEVEL, rows as in row_index."""
     ROWS: tl.constexpr = 1 << (LOG_T - max(LEVEL, LOG_R))
+    HALF: tl.constexpr = 1 << (LOG_T - LEVEL - 1)
     if LEVEL < LOG_R:
         pairs = tl.reshape(a, [1 << (LOG_R - LEVEL - 1), 2, ROWS, BLOCK])
         sign = signs(4)
@@ -67,9 +62,7 @@ def split_pairs(a, LEVEL: tl.constexpr, LOG_T: tl.constexpr, LOG_R: tl.constexpr
         sign = signs(3)
     d = tl.sum(pairs * sign, axis=1) * SQRT_HALF
     a = tl.sum(pairs, axis=1) * SQRT_HALF
-    if LEVEL + 1 == LOG_R:
-        d, a = tl.reshape(d, [ROWS, BLOCK]), tl.reshape(a, [ROWS, BLOCK])
-    return a, d
+    return tl.reshape(a, [HALF, BLOCK]), tl.reshape(d, [HALF, BLOCK])
 
 
 @triton.jit
@@ -79,16 +72,10 @@ def join_pairs(a, d, LEVEL: tl.constexpr, LOG_T: tl.constexpr, LOG_R: tl.constex
     if LEVEL <= LOG_R:
         N: tl.constexpr = 1 << (LOG_R - LEVEL)
         a, d = tl.reshape(a, [N, 1, ROWS, BLOCK]), tl.reshape(d, [N, 1, ROWS, BLOCK])
-        result = tl.reshape((a + d * signs(4)) * SQRT_HALF, [2 * N, ROWS, BLOCK])
+        result = tl.reshape((a + d * signs(4)) * SQRT_HALF, [2 * N * ROWS, BLOCK])
     else:
         result = tl.reshape((a[:, None, :] + d[:, None, :] * signs(3)) * SQRT_HALF, [2 * ROWS, BLOCK])
     return result
-
-
-@triton.jit
-def channel_row(c, LEVEL: tl.constexpr, LOG_R: tl.constexpr):
-    """Channels as the last axis beside row_index."""
-    return c[None, None, :] if LEVEL < LOG_R else c[None, :]
 
 
 @triton.jit(do_not_specialize=["seqlen", "tiles", "padded"])
@@ -104,21 +91,18 @@ def dwt_kernel(
     coeffs += b * c_batch
     padded = padded.to(tl.int64)
     row = row_index(k, 0, LOG_T, LOG_R)
-    channel = channel_row(c, 0, LOG_R)
     end = seqlen.to(tl.int64)
     if EDGE:
         end = padded
         row = tl.minimum(row, seqlen.to(tl.int64) - 1)
-    a = rows_of(x, row, end, x_row, channel, dim, x_dim, 0, True)
+    a = rows_of(x, row, end, x_row, c, dim, x_dim, 0, True)
     for level in tl.static_range(LEVELS):
         a, d = split_pairs(a, level, LOG_T, LOG_R, BLOCK)
         row = row_index(k, level + 1, LOG_T, LOG_R)
-        channel = channel_row(c, level + 1, LOG_R)
         end = padded >> (level + 1)
-        rows_of(coeffs + end * c_row, row, end, c_row, channel, dim, c_dim, d, False)
+        rows_of(coeffs + end * c_row, row, end, c_row, c, dim, c_dim, d, False)
     row = row_index(k, LEVELS, LOG_T, LOG_R)
-    channel = channel_row(c, LEVELS, LOG_R)
-    rows_of(sums, row, padded >> LEVELS, s_row, channel, dim, s_dim, a, False)
+    rows_of(sums, row, padded >> LEVELS, s_row, c, dim, s_dim, a, False)
 
 
 @triton.jit(do_not_specialize=["seqlen", "tiles", "padded"])
@@ -133,16 +117,13 @@ def idwt_kernel(
     sums += b * s_batch
     coeffs += b * c_batch
     padded = padded.to(tl.int64)
-    channel = channel_row(c, LEVELS, LOG_R)
-    a = rows_of(sums, row_index(k, LEVELS, LOG_T, LOG_R), padded >> LEVELS, s_row, channel, dim, s_dim, 0, True)
+    a = rows_of(sums, row_index(k, LEVELS, LOG_T, LOG_R), padded >> LEVELS, s_row, c, dim, s_dim, 0, True)
     for i in tl.static_range(LEVELS):
         end = padded >> (LEVELS - i)
         row = row_index(k, LEVELS - i, LOG_T, LOG_R)
-        channel = channel_row(c, LEVELS - i, LOG_R)
-        d = rows_of(coeffs + end * c_row, row, end, c_row, channel, dim, c_dim, 0, True)
+        d = rows_of(coeffs + end * c_row, row, end, c_row, c, dim, c_dim, 0, True)
         a = join_pairs(a, d, LEVELS - i, LOG_T, LOG_R, BLOCK)
-    channel = channel_row(c, 0, LOG_R)
-    rows_of(x, row_index(k, 0, LOG_T, LOG_R), seqlen.to(tl.int64), x_row, channel, dim, x_dim, a, False)
+    rows_of(x, row_index(k, 0, LOG_T, LOG_R), seqlen.to(tl.int64), x_row, c, dim, x_dim, a, False)
 
 
 def _launch(kernel, levels: int, x: Tensor, sums: Tensor, coeffs: Tensor, **constants) -> Launch:

@@ -6,8 +6,8 @@ begins: the sums up to each step within its block, and the sums from each step o
 that start anew at block edges; the latter are taken of the tile moved back by 2^level - 1 steps, which lies in the
 caches. Backward it is the same with time reversed. Levels beyond a tile add whole tiles' sums, of a launch before.
 
-In a tile of block mode 8 neighbouring steps (of 16 bits: 4) are the first axis, which Triton lays out within a thread:
-the lowest levels are additions of registers. In place, tiles of level 0 alone are neither read nor written.
+In a tile of block mode 8 neighbouring steps (of 16 bits: 4) lie in one thread: the lowest levels are additions of
+registers. In place, tiles of level 0 alone are neither read nor written.
 
 Compiled for sm_80 to sm_120 and run through Triton's interpreter; not yet run on a GPU.
 """
@@ -26,6 +26,7 @@ from audiokernels.haar_tiles import (
     Part,
     encoded,
     first_channel,
+    inner_first,
     is_wide,
     level_of,
     levels_of,
@@ -114,6 +115,12 @@ def tile_range(sums, b, c, low, high, tiles, long_first, long_count, BLOCK: tl.c
 
 
 @triton.jit
+def share_of(count, LEVEL: tl.constexpr):
+    """1 / count, to the bit where it is a whole block's: x / y in Triton may be two bits off, whatever y."""
+    return tl.where(count == 1 << LEVEL, 1.0 / (1 << LEVEL), 1.0 / count.to(tl.float32))
+
+
+@triton.jit
 def outer_tree(
     x, level, top, long_mean, left, LEVEL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -122,7 +129,7 @@ def outer_tree(
     `left` of the tile's steps are there.
     """
     count = tl.minimum(tl.maximum(left - tl.arange(0, ROWS) * (1 << LEVEL), 1), 1 << LEVEL)
-    mean = x * (1.0 / count.to(tl.float32))[:, None]
+    mean = x * share_of(count, LEVEL)[:, None]
     if ROWS == 1:
         mean = tl.where(level[None, :] > LEVEL, long_mean[None, :], mean)
     else:
@@ -147,7 +154,7 @@ def inner_tree(
     else:
         r, o = tl.arange(0, N)[:, None, None], tl.arange(0, ROWS)[None, :, None]
         count = tl.minimum(tl.maximum(left - (o * (1 << LOG_R) + r * (1 << LEVEL)), 1), 1 << LEVEL)
-        mean = x * (1.0 / count.to(tl.float32)) if LEVEL > 0 else x
+        mean = x * share_of(count, LEVEL) if LEVEL > 0 else x
         if top > LEVEL:
             sums = tl.sum(tl.reshape(x, [N // 2, 2, ROWS, BLOCK]), axis=1)
             above = inner_tree(sums, level, top, long_mean, left, LEVEL + 1, LOG_R, ROWS, BLOCK)
@@ -171,8 +178,7 @@ def block_kernel(
     if top >= least:
         start = k << LOG_T
         ROWS: tl.constexpr = 1 << (LOG_T - LOG_R)
-        r, o = tl.arange(0, 1 << LOG_R)[:, None, None], tl.arange(0, ROWS)[None, :, None]
-        i, d = o * (1 << LOG_R) + r, c[None, None, :]
+        i, d = inner_first(LOG_R, ROWS)[:, None], c[None, :]
         left = tl.minimum(seqlen - start, 1 << LOG_T).to(tl.int32)
         mask = (i < left) & (d < dim)
         if WIDE:
@@ -190,8 +196,9 @@ def block_kernel(
                 total = tile_range(sums, b, c.to(tl.int64), low, high, tiles, long_first, long_count, BLOCK)
                 count = tl.maximum(tl.minimum(seqlen - (low << LOG_T), block), 1)
                 long_mean = total / count.to(tl.float32)
-        wide = tile.to(tl.float32)
+        wide = tl.reshape(tile.to(tl.float32), [1 << LOG_R, ROWS, BLOCK])
         mean = inner_tree(wide, level, top, long_mean, left, 0, LOG_R, ROWS, BLOCK)
+        mean = tl.reshape(mean, [ROWS << LOG_R, BLOCK])
         tl.store(out + (b * o_batch + start * o_row) + (i * o_row + d * o_dim), mean.to(tile.dtype), mask=mask)
 
 
@@ -239,8 +246,8 @@ def causal_kernel(
                 high = tl.where(level > LOG_T, k, low)
                 y += tile_range(sums, b, c, low, high, tiles, long_first, long_count, BLOCK)[None, :]
         if not COUNT:
-            whole = tl.zeros([BLOCK], tl.float32) + seqlen.to(tl.float32)
-            y /= tl.where(level == 63, whole, tl.exp2(level.to(tl.float32)))[None, :]
+            share = ((127 - level) << 23).to(tl.float32, bitcast=True)  # 2^-level: exp2 is an approximation
+            y *= tl.where(level == 63, tl.div_rn(1.0, seqlen.to(tl.float32)), share)[None, :]
         elif not ADJOINT:
             y /= tl.minimum((start + 1 + i).to(tl.float32), block.to(tl.float32)[None, :])
     row = o_row
@@ -303,11 +310,10 @@ def update_kernel(
     tl.store(ring + stride, low, mask=slow)
     tl.store(ring + (phase + 1) * stride, value, mask=ringed & (phase != 0))
     if COUNT:
-        div = tl.minimum(steps + 1, block).to(tl.float32)
+        width = tl.minimum(steps + 1, block).to(tl.float32)
     else:
-        whole = tl.zeros([BLOCK], tl.float32) + seqlen.to(tl.float32)
-        div = tl.where(level == 63, whole, tl.exp2(level.to(tl.float32)))
-    y = tl.where(slow, ((total + rest) + low) / div, value)
+        width = tl.where(level == 63, seqlen.to(tl.float32), block.to(tl.float32))
+    y = tl.where(slow, tl.div_rn((total + rest) + low, width), value)
     tl.store(out + b * o_batch + c, y.to(out.dtype.element_ty), mask=mask)
 
     longest = tl.max(tl.where(last, block, 1))  # blocks that end: sums from the end, slots 1 .. block - 1

@@ -53,8 +53,8 @@ def strides(prefix: str, x: Tensor) -> dict[str, int]:
 
 
 def is_wide(rows: int, *tensors: Tensor) -> bool:
-    """Whether a tile of `rows` rows of one of them may span 2^31 elements."""
-    return any(rows * abs(x.stride(1)) + BLOCK_C[2] * abs(x.stride(2)) >= 1 << 31 for x in tensors)
+    """Whether `rows` rows of one of them, all its channels long, may span 2^31 elements: tiles count from channel 0."""
+    return any(rows * x.stride(1) + x.shape[2] * x.stride(2) >= 1 << 31 for x in tensors)
 
 
 def log2_tile(seqlen: int, largest: int) -> int:
@@ -69,6 +69,17 @@ def place(dim, tiles, BLOCK: tl.constexpr):
     groups = tl.cdiv(dim, BLOCK)
     c = (pid % groups) * BLOCK + tl.arange(0, BLOCK)
     return (pid // groups // tiles).to(tl.int64), ((pid // groups) % tiles).to(tl.int64), c
+
+
+@triton.jit
+def inner_first(LOG_R: tl.constexpr, ROWS: tl.constexpr):
+    """The steps of a tile's rows, of 2^LOG_R neighbours first all first ones, then all second ones ..
+
+    A tile is loaded and stored so, in two dimensions: Triton then lays the neighbours out within a thread. Of three
+    dimensions, 3.6 and 3.7 do not choose the same one.
+    """
+    j = tl.arange(0, ROWS << LOG_R)
+    return (j % ROWS << LOG_R) + j // ROWS
 
 
 @triton.jit

@@ -191,6 +191,19 @@ def test_strides():
         assert torch.equal(got, want), way
 
 
+def test_offsets_are_wide_where_a_tile_spans_2_to_the_31():
+    """And only there: 64-bit offsets are another kernel, with other registers than the table's."""
+    for strides, wide in {
+        (1 << 27, 1 << 24, 128, 1): False,  # (2, 8, 131072, 128)
+        (1 << 40, 1 << 40, 128, 1): False,
+        (1, 1, 1 << 23, 1): True,
+        (1, 1, 1, 1 << 23): True,
+        (1, 1, 8 * (1 << 20) - 8, 1 << 20): True,  # neither a row nor a column alone
+    }.items():
+        x = torch.empty_strided((1, 1, 256, 128), strides, device="meta")
+        assert room.is_wide(x) == wide, strides
+
+
 def test_the_op_itself():
     q, k, v = inputs((2, 2, 1, 40, 50, 16), torch.float32)
     out, lse = room.causal_attention(q, k.expand(2, 1, 50, 16), v, window=20)
@@ -310,6 +323,17 @@ def test_keys_shared_out(splits):
         slots = torch.arange(max(0, n + 2 - 700), n + 2) % 700
         want, _ = dense(q[i : i + 1], k[i : i + 1, :, slots], v[i : i + 1, :, slots], 699, 0.25)
         assert_same(out[i : i + 1], want, 5e-6)
+
+
+@pytest.mark.slow
+def test_a_query_whose_numbers_lie_apart():
+    """Its last ones beyond 2^31 numbers, in 4 GiB of which next to nothing is touched."""
+    apart = (1 << 23) + (1 << 17)
+    q = torch.empty(256 * apart, dtype=torch.float16).as_strided((1, 1, 1, 256), (1, 1, 1, apart))
+    q.copy_(torch.randn(1, 1, 1, 256))
+    cache, lens = torch.randn(1, 1, 20, 256).half(), torch.tensor([19], dtype=torch.int32)
+    out, want = (decode_room.causal_attention_decode(x, cache, cache, lens) for x in (q, q.contiguous()))
+    assert torch.equal(out, want)
 
 
 def test_cache_update():

@@ -98,6 +98,17 @@ def test_wide_offsets(log_tile):
         torch.testing.assert_close(out, haar_pool_ref(x, runs, causal=causal), rtol=0, atol=5e-7)
 
 
+def test_offsets_are_wide_where_a_tile_spans_2_to_the_31():
+    def wide(shape, strides):
+        x = torch.empty_strided(shape, strides, device="meta")
+        part = next(room.parts([2, shape[2]]))
+        return {launch.constants["WIDE"] for launch in room.pool_launches(x, torch.empty_like(x), part)}
+
+    assert wide((4, 1 << 20, 512), (1 << 29, 512, 1)) == {False}
+    assert wide((1, 20, 70), (1, 1, (1 << 25) - 8)) == {True}  # the last channel lies beyond
+    assert wide((1, 256, 4), (1, 1 << 23, 1)) == {True}
+
+
 @pytest.mark.parametrize("count", [False, True])
 @pytest.mark.parametrize("levels", [(0, 1, 3, -1), (0, 1) * 9])
 def test_update(levels, count):

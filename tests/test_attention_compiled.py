@@ -122,6 +122,19 @@ def test_decode(headdim, dtype, arch, tmp_path):
         assert spilled(made, tmp_path) == 0 or headdim > 128 or dtype == torch.float32
 
 
+def test_a_batch_of_another_size_asks_for_no_other_kernel():
+    """Nor do other numbers of programs that share the keys."""
+    wanted, shares = set(), set()
+    for batch in range(1, 65):
+        q, cache = (torch.empty(batch, 8, n, 16, dtype=torch.bfloat16, device="meta") for n in (1, 65536))
+        plan = plans.causal_attention_decode_plan(q.shape, cache.shape, q.dtype, None, Device())
+        shares.add(plan.splits)
+        for launch in decode_launches(plan, q, (cache, cache), torch.empty(batch, dtype=torch.int32), q, 0.25):
+            wanted.add((launch.kernel.fn.__name__, *launch.constants.items()))
+    assert len(shares) > 8
+    assert len(wanted) <= 2 + 3  # keys shared out or not; the sums of up to 16, 32 or 64 programs
+
+
 def test_delta(tmp_path):
     launch = backward(0, Tile(64, 64, 4, 1, 0), 64, torch.bfloat16)
     assert spilled(compiled(launch, 90), tmp_path) == 0

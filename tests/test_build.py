@@ -126,9 +126,14 @@ def test_explain_knows_its_ops():
 # ---- fallbacks
 
 STEP = """
-import sys
+import importlib.metadata, sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]  # would find the installed _C
-import torch, audiokernels
+import torch
+def none(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = none  # a folder that was copied has no metadata
+import audiokernels
+assert audiokernels.__version__ == "unknown"
 out = audiokernels.dilated_conv_update(
     torch.ones(1, 3), torch.ones(1, 2, 3), torch.ones(4, 3, 2), None, torch.zeros(1, dtype=torch.int32), dilation=2)
 assert out.tolist() == [[6.0] * 4], out

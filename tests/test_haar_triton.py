@@ -59,6 +59,19 @@ def test_one_kernel_compiled_ahead_of_time(tmp_path):
     x, out = (torch.empty(2, 512, 64, device="meta") for _ in range(2))
     kernel = compiled(dwt.dwt_launches(x, out, 3)[0], 90)
     assert spilled(kernel, tmp_path) == 0 and wide_loads(kernel)
+    # of three dimensions Triton 3.6 spreads those over a warp's threads that 3.7 keeps in one: 4 times the registers
+    assert not re.findall(r"tt\.(?:load|store) .*tensor<\d+x\d+x\d+x", kernel.asm["ttgir"])
+
+
+def test_windows_are_not_divided_by_approximation():
+    """PTX's ex2.approx and div.full promise two bits less than plain torch keeps, powers of two or not."""
+    pool = importlib.import_module("audiokernels.haar_pool_triton")
+    x, out = (torch.empty(2, 4096, 64, device="meta") for _ in range(2))
+    part = next(pool.parts(level_runs((3, -1) * 8 + (2,) * 48, 64, 4096)))
+    state, position = torch.empty(2, 5000, device="meta"), torch.empty(2, dtype=torch.int32, device="meta")
+    windows = pool.pool_launches(x, out, part, causal=True)[-1]
+    for launch in (windows, pool.update_launch(x[:, 0], state, position, out[:, 0], part, False, 4096)):
+        assert not re.findall(r"ex2\.approx|div\.full", compiled(launch, 90).asm["ptx"])
 
 
 def test_other_plans_and_lengths_compile_nothing_new():
