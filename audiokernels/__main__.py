@@ -7,11 +7,12 @@ from audiokernels import __version__
 from audiokernels.backends import backends, facts
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """Print it all; 1 if a check fails. arguments: of the command line, by default those of this process."""
     parser = argparse.ArgumentParser(prog="python -m audiokernels", description="Which kernel serves which op here.")
     text = "also run every op here, on the CPU and on each GPU, and compare it with plain torch"
     parser.add_argument("--check", action="store_true", help=text)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     print(f"audiokernels {__version__}\n")
     table = backends()
     width = max(len("op"), *map(len, table)) if table else 2

@@ -16,6 +16,7 @@ from audiomodels.commands import generators
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 
 import audiokernels
+from audiokernels import self_check
 
 TINY = WaveNetConfig(n_layer=3, residual_channels=8, skip_channels=8, head_channels=8, sample_rate=8000)
 SIZES = [word for name in ("residual", "skip", "head") for word in (f"--model.{name}-channels", "8")]
@@ -47,6 +48,16 @@ def test_info(call):
     for line in ("generate  piano: ", "generate  piano-transformer: ", "continue  piano-units: ", "tag       tagger: "):
         assert f"\n{line}" in out
     assert call("--version")[:2] == (0, f"audiokernels {audiokernels.__version__}\n")
+
+
+def test_info_checks_the_ops(call, monkeypatch):
+    cases = [case for case in self_check.CASES if case.name == "haar_pool_"]
+    monkeypatch.setattr(self_check, "CASES", cases)
+    code, out, _ = call("info", "--check")
+    assert code == 0 and out.count("right  haar_pool_ ") == 3 and "WRONG" not in out and "tag       tagger: " in out
+    monkeypatch.setattr(self_check, "LIMITS", dict.fromkeys(self_check.LIMITS, 0.0))
+    code, out, _ = call("info", "--check")
+    assert code == 1 and "WRONG  haar_pool_ " in out
 
 
 @pytest.mark.parametrize("what", ["generators", "taggers", "representations"])

@@ -4,10 +4,10 @@ A mistake of the user's (a missing file, a folder that holds no model) is one li
 demo whose result is not good enough is exit code 1.
 """
 
+import importlib
 import importlib.metadata
 import logging
 import os
-import runpy
 import subprocess
 import sys
 import warnings
@@ -38,8 +38,10 @@ USER_ERRORS = (ModelError, CorpusError, checkpoint.CheckpointError, TrainingErro
 class Info:
     """Which kernel serves which op here, the facts of the build, what is installed, and the models that came along."""
 
+    check: bool = False  # also run every op here, on the CPU and on each GPU, and compare it with plain torch
+
     def run(self) -> None:
-        runpy.run_module("audiokernels", run_name="__main__")
+        wrong = importlib.import_module("audiokernels.__main__").main(["--check"] if self.check else [])
         print()
         for name in PACKAGES.split():
             try:
@@ -51,6 +53,8 @@ class Info:
         commands |= dict.fromkeys(shipped_of(taggers.TAGGERS), "tag")
         for name in shipped():
             print(f"{commands.get(name, 'continue'):9} {title(name)}")
+        if wrong:
+            raise SystemExit(1)
 
 
 @dataclass
