@@ -4,10 +4,10 @@ A mistake of the user's (a missing file, a folder that holds no model) is one li
 demo whose result is not good enough is exit code 1.
 """
 
-import importlib
 import importlib.metadata
 import logging
 import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -41,7 +41,7 @@ class Info:
     check: bool = False  # also run every op here, on the CPU and on each GPU, and compare it with plain torch
 
     def run(self) -> None:
-        wrong = importlib.import_module("audiokernels.__main__").main(["--check"] if self.check else [])
+        wrong = runpy.run_module("audiokernels.__main__")["main"](["--check"] if self.check else [])
         print()
         for name in PACKAGES.split():
             try:
