@@ -249,7 +249,7 @@ def picture(path: Path, runs: list[dict]) -> None:
     """The figure on dev over training, a panel for each task, a line for each run; a row has one colour in all."""
     tasks = list(dict.fromkeys(run["task"] for run in runs))
     titles = list(dict.fromkeys(run["title"] for run in runs))
-    fig, grid = plots.figure(7 * len(tasks), 5, 1, len(tasks))
+    fig, grid = plots.figure(7 * len(tasks), 6, 1, len(tasks))
     for column, task in enumerate(tasks):
         axis = plots.add(fig, grid[0, column], f"{task}: {'mAP' if task == 'tags' else 'frame AP'} on dev")
         mine = [run for run in runs if run["task"] == task]
@@ -260,5 +260,5 @@ def picture(path: Path, runs: list[dict]) -> None:
             figures = [float("nan") if p[FIGURES[task]] is None else p[FIGURES[task]] for p in run["curve"]]
             axis.plot(seen, figures, color=f"C{place}", linewidth=1.2, alpha=0.8, label=label)
         axis.set(xlabel="thousand crops seen", ylim=(0, None))
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.12))  # below the axis
     replace_picture(path, fig)
