@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 import audiokernels as ak
-from audiokernels.backends import backends, use_reference
+from audiokernels.backends import implementation, use_reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.int8: 1e-1}
@@ -87,9 +87,8 @@ def wavelet(x: Inputs) -> list[Tensor]:
 @torch.no_grad()
 def conv_steps(x: Inputs) -> list[Tensor]:
     weight, bias, ring = x(96, 64, 3), x(96), x(2, 8, 64)
-    return [ak.dilated_conv_update(x(2, 64), ring, weight, bias, x.integers(t, t), dilation=4) for t in range(9)] + [
-        ring
-    ]
+    steps = [ak.dilated_conv_update(x(2, 64), ring, weight, bias, x.integers(t, t), dilation=4) for t in range(9)]
+    return [*steps, ring]
 
 
 @torch.no_grad()
@@ -187,7 +186,7 @@ class Result:
         return isinstance(self.error, float) and self.error <= LIMITS[self.dtype]
 
     def __str__(self) -> str:
-        kernel = backends()[self.case.ops[0]][torch.device(self.device).type].partition(" (")[0]
+        kernel = implementation(self.case.ops[0], torch.device(self.device).type).partition(" (")[0]
         error = f"{self.error:.1e} of {LIMITS[self.dtype]:.0e}" if isinstance(self.error, float) else self.error
         name = str(self.dtype).removeprefix("torch.")
         verdict = "right" if self.right else "WRONG"
