@@ -25,6 +25,7 @@ from test_train import Killed, Recordings, Tiny, crops, settings, stop_at, tiny
 pytestmark = pytest.mark.usefixtures("one_thread")  # as the children
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 LONG = 24  # steps of the runs that are killed
+PAUSE = 0.02  # seconds that a step of a fresh process takes at least, on any machine
 
 
 def child(*arguments, timeout=280):
@@ -65,7 +66,7 @@ def test_kills_of_fresh_processes(tmp_path):
     for _ in range(2):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         reached = int(process.stdout.readline())  # it has started, and saved a step
-        time.sleep(rng.random() * 0.3)
+        time.sleep(rng.random() * 8 * PAUSE)  # after at most 9 steps more, so that both kills come before the end
         process.kill()
         last = [reached, *map(int, process.communicate()[0].split())][-1]
         assert process.returncode == -signal.SIGKILL
@@ -92,7 +93,11 @@ def fresh(out):
         assert not list(Path(out).glob(".tmp*")), "an orphan of the run before"
         return crops(step)
 
-    fit(tiny(dropout=0.3), first_crops, long_run(out), on_step=lambda step, bits: print(step, flush=True))
+    def say(step, bits):
+        print(step, flush=True)
+        time.sleep(PAUSE)
+
+    fit(tiny(dropout=0.3), first_crops, long_run(out), on_step=say)
 
 
 def kills(folder, n_kill, n_signal, seed):
