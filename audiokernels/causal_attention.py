@@ -523,7 +523,7 @@ def cpu_kernel(dtype: torch.dtype, pairs: bool = False) -> tuple[str, str]:
     if dtype == torch.float64:
         return "cpu_loop", "float64 runs in a plain loop"
     isa, why = C.isa(), f"the compiled CPU kernel, on up to {torch.get_num_threads()} thread(s)"
-    if pairs and dtype == torch.bfloat16 and isa == "avx512_bf16":
+    if pairs and dtype == torch.bfloat16 and isa in ("avx512_bf16", "avx512_amx"):
         return f"cpu_{isa}", f"{why}, bfloat16 multiplied in pairs, summed in float32"
     return f"cpu_{isa.split('_')[0]}", why  # what extends avx512 adds nothing to float32
 

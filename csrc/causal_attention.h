@@ -24,7 +24,7 @@ struct AttentionTensor {
 
 // How many numbers of a sum lie side by side in a 32-bit word, the unit of what the inner loops multiply: a float32, or
 // a pair of bfloat16 where the instruction set multiplies such pairs.
-constexpr int64_t attention_per_word(Isa isa) { return isa == Isa::avx512_bf16 ? 2 : 1; }
+constexpr int64_t attention_per_word(Isa isa) { return isa >= Isa::avx512_bf16 ? 2 : 1; }
 
 // What a pair's two numbers are: neighbouring channels of a row, for products of rows, or neighbouring rows (an even
 // one and the next) of a channel, for sums over rows.

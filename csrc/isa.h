@@ -6,11 +6,11 @@
 
 namespace audiokernels {
 
-enum class Isa { generic, avx2, avx512, avx512_vnni, avx512_bf16 };  // each includes those before it
+enum class Isa { generic, avx2, avx512, avx512_vnni, avx512_bf16, avx512_amx };  // each includes those before it
 
 Isa isa();                              // in use; at first the best that this processor has
 Isa float_isa();                        // isa(), or avx512 where it goes further: those after it add no float32
-Isa bfloat16_isa();                     // the same, but avx512_bf16 where it is isa()
+Isa bfloat16_isa();                     // the same, but avx512_bf16 and beyond where that is isa()
 void set_isa(const std::string& name);  // throws std::invalid_argument if unknown or not supported here
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);
@@ -21,7 +21,7 @@ std::vector<std::string> supported_isas();
 // The instruction sets compiled for this machine's family.
 #if defined(__x86_64__)
 #define AUDIOKERNELS_FOR_EACH_FLOAT_ISA(X) X(generic) X(avx2) X(avx512)
-#define AUDIOKERNELS_FOR_EACH_BFLOAT16_ISA(X) AUDIOKERNELS_FOR_EACH_FLOAT_ISA(X) X(avx512_bf16)
+#define AUDIOKERNELS_FOR_EACH_BFLOAT16_ISA(X) AUDIOKERNELS_FOR_EACH_FLOAT_ISA(X) X(avx512_bf16) X(avx512_amx)
 #define AUDIOKERNELS_FOR_EACH_ISA(X) AUDIOKERNELS_FOR_EACH_BFLOAT16_ISA(X) X(avx512_vnni)
 #else
 #define AUDIOKERNELS_FOR_EACH_FLOAT_ISA(X) X(generic)

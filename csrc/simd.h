@@ -207,7 +207,7 @@ AK_INLINE void store_float16(uint16_t* p, VFloat v) {  // to nearest, ties to ev
 
 // ---- pairs of bfloat16: two in a lane, the first one in its low half ----
 
-#if defined(__AVX512BF16__) || defined(AUDIOKERNELS_EMULATE_BF16)
+#if defined(__AVX512BF16__) || defined(AUDIOKERNELS_EMULATE)
 #define AK_BFLOAT16_PAIRS
 #endif
 
@@ -222,7 +222,7 @@ AK_INLINE void store_rounded(uint16_t* p, VFloat v) {
   memcpy(p, &half, sizeof half);
 }
 AK_INLINE VInt round_both(VFloat first, VFloat second) { return (VInt)(__m512i)_mm512_cvtne2ps_pbh(second, first); }
-#elif defined(AUDIOKERNELS_EMULATE_BF16)
+#elif defined(AUDIOKERNELS_EMULATE)
 // The same as Intel's manual defines it (VDPBF16PS), for tests on a processor without it.
 AK_INLINE VFloat flush(VFloat v) {
   const VInt bits = (VInt)v;
