@@ -26,11 +26,15 @@ struct AttentionTensor {
 // a pair of bfloat16 where the instruction set multiplies such pairs.
 constexpr int64_t attention_per_word(Isa isa) { return isa >= Isa::avx512_bf16 ? 2 : 1; }
 
+// Rows that are read at a time, and at whose multiples tiles begin. Tile registers sum over 16 words, 32 rows.
+constexpr int64_t attention_unit_rows(Isa isa) { return isa == Isa::avx512_amx ? 32 : attention_per_word(isa); }
+
 // What a pair's two numbers are: neighbouring channels of a row, for products of rows, or neighbouring rows (an even
 // one and the next) of a channel, for sums over rows.
 enum class AttentionPairs { channels, rows };
 
-// The same in words: the caller's own memory (float32), or a copy padded with zeros. Pairs of rows: the even row's.
+// The same in words: the caller's own memory (float32), or a copy padded with zeros. Pairs of rows: the even row's;
+// for tile registers a unit's words of a channel side by side, (units, channels, 16).
 struct AttentionRows {
   const float* data;
   int64_t stride[3];
@@ -52,10 +56,16 @@ struct AttentionSizes {
   AUDIOKERNELS_INLINE float factor() const { return float(scale * kAttentionLog2E); }  // of scores, in powers of 2
 };
 
-constexpr int64_t kAttentionUnit = 192;  // queries in a unit of forward work, a multiple of every block of queries
-constexpr int64_t kAttentionRows = 48;   // in a tile
+constexpr int64_t kAttentionUnit = 192;     // queries in a unit of forward work, a multiple of every block of queries
+constexpr int64_t kAttentionMostRows = 64;  // in a tile of any instruction set
 constexpr int64_t kAttentionDecodeKeys = 128;  // read at a time by attention_decode
-constexpr int64_t kAttentionMostLanes = 48;    // in a tile of any instruction set
+constexpr int64_t kAttentionMostLanes = 64;
+
+// Rows of a tile, and keys of a block of backward work: a multiple of its lanes.
+constexpr int64_t attention_rows(Isa isa) { return isa == Isa::avx512_amx ? 64 : 48; }
+
+// To what headdim is padded: words fill vectors, those of tile registers tiles.
+constexpr int64_t attention_channels(Isa isa) { return isa == Isa::avx512_amx ? 32 : 16; }
 
 AUDIOKERNELS_INLINE int64_t attention_round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -69,7 +79,7 @@ struct AttentionForward : AttentionSizes {
   AUDIOKERNELS_INLINE int64_t units_per_head() const { return (seqlen_q + kAttentionUnit - 1) / kAttentionUnit; }
   AUDIOKERNELS_INLINE int64_t scratch_floats() const {
     const int64_t channels = attention_round_up(headdim, 16);
-    return kAttentionMostLanes * (channels + kAttentionRows) + kAttentionUnit * 2 * channels;
+    return kAttentionMostLanes * (channels + kAttentionMostRows) + kAttentionUnit * 2 * channels;
   }
 };
 
@@ -80,7 +90,7 @@ struct AttentionBackward : AttentionSizes {
   AttentionRows q_rows, grad_rows;  // channels: headdim rounded up to 8; pairs of channels
   AttentionRows q_sums, grad_sums;  // pairs of rows; without pairs the same
   const float *lse, *grad_lse;      // (batch, nheads, seqlen_q); grad_lse may be null
-  int64_t segments;
+  int64_t segments, block_keys;     // block_keys: attention_rows
   // By attention_pack: a query's weights are 2^(scores - reference) times a factor, which lies in its gradients, or is
   // 1 where these are pairs.
   float* grad_floats;  // (batch, nheads, row_floats()): factor * grad_out; not for pairs
@@ -89,11 +99,11 @@ struct AttentionBackward : AttentionSizes {
 
   AUDIOKERNELS_INLINE int64_t padded_queries() const { return attention_round_up(seqlen_q, kAttentionUnit); }
   AUDIOKERNELS_INLINE int64_t channels() const { return attention_round_up(headdim, 16); }
-  AUDIOKERNELS_INLINE int64_t row_floats() const { return (padded_queries() + kAttentionRows) * channels(); }
+  AUDIOKERNELS_INLINE int64_t row_floats() const { return (padded_queries() + kAttentionMostRows) * channels(); }
   AUDIOKERNELS_INLINE int64_t units_per_head() const { return padded_queries() / kAttentionUnit; }
-  AUDIOKERNELS_INLINE int64_t key_blocks() const { return (seqlen_k + kAttentionMostLanes - 1) / kAttentionMostLanes; }
+  AUDIOKERNELS_INLINE int64_t key_blocks() const { return (seqlen_k + block_keys - 1) / block_keys; }
   AUDIOKERNELS_INLINE int64_t scratch_floats() const {
-    return kAttentionMostLanes * (5 * channels() + 3 * kAttentionRows);
+    return kAttentionMostLanes * (5 * channels() + 3 * kAttentionMostRows);
   }
 };
 
@@ -111,8 +121,8 @@ struct AttentionDecode : AttentionSizes {
   }
 };
 
-// Of attention_read: a unit is a row of a (batch, heads, rows, headdim) tensor, or two of a head; they become words,
-// `channels` a unit with zeros in the padding. Of attention_backward: (batch, kv head, segment); of
+// Of attention_read: a unit is attention_unit_rows of a head of a (batch, heads, rows, headdim) tensor; they become
+// words, with zeros in the padding. Of attention_backward: (batch, kv head, segment); of
 // attention_decode: (batch, kv head). Others: (batch, head, block of
 // kAttentionUnit queries).
 #define AUDIOKERNELS_DECLARE(isa)                                                                                 \

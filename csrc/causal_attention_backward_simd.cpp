@@ -78,7 +78,7 @@ AK_INLINE void store_gradients(VFloat first, VFloat second, float* words, float*
 static void weights_and_gradients(const Tile& tile, float factor, const float* references, const float* shifts,
                                   const Tiles& tiles) {
   const bool whole = tile.whole();
-  for (int64_t j = 0; j < attention_round_up(tile.rows, 2); j += 2) {
+  for (int64_t j = 0; j < tile.padded_rows(); j += 2) {
     const float *score = tiles.p + j * kWidth, *of_weight = tiles.ds + j * kWidth;
     VFloat x[2 * kVectors];
     for (int i = 0; i < 2 * kVectors; i++)
@@ -100,6 +100,21 @@ static void weights_and_gradients(const Tile& tile, float factor, const float* r
   }
 }
 
+#if defined(AUDIOKERNELS_TILES)
+// sums[query][d] += sum over the keys of weights[query][key] * rows[key][d]; weights (., kWidth / 2), rows and sums (.,
+// channels).
+static void add_all_keys(const Tile& tile, const float* weights, const float* rows, int64_t channels, float* sums) {
+  constexpr int64_t kStride = kWidth / kPerWord;
+  const int64_t chunks = (tile.lanes + kUnitRows - 1) / kUnitRows;
+  const TileFactor left{weights, kStride, kTileWords, kTileRows * kStride};
+  for (int64_t d = 0; d < channels; d += kTileWords) {
+    const TileFactor right{rows + d, channels, kTileWords * channels, 0};
+    with_tiles<kSumTiles>((tile.rows + kTileRows - 1) / kTileRows, [&]<int n>(TileCount<n>) {
+      multiply_tiles<n, true>(left, right, chunks, sums + d, channels, kTileRows * channels);
+    });
+  }
+}
+#else
 // sums[i][d] += sum_j weights[i][j] * rows[j][d] for kSums / V queries i and V vectors of channels d.
 template <int V>
 AK_INLINE void add_keys(const float* weights, const float* rows, int64_t stride, int64_t keys, float* sums) {
@@ -131,19 +146,28 @@ static void add_key_columns(const Tile& tile, const float* weights, const float*
     add_keys<V>(weights + i * kWidth / kPerWord, rows, stride, tile.lanes, sums + i * stride);
 }
 
+static void add_all_keys(const Tile& tile, const float* weights, const float* rows, int64_t channels, float* sums) {
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= channels; d += 4 * kLanes) add_key_columns<4>(tile, weights, rows + d, channels, sums + d);
+  for (; d + 2 * kLanes <= channels; d += 2 * kLanes) add_key_columns<2>(tile, weights, rows + d, channels, sums + d);
+  for (; d < channels; d += kLanes) add_key_columns<1>(tile, weights, rows + d, channels, sums + d);
+}
+#endif
+
 // The same where keys that a query does not see may hold NaN; for the others the same to the bit.
 static void add_seen_keys(const Tile& tile, const float* weights, const float* rows, int64_t channels, float* sums) {
   for (int64_t i = 0; i < tile.rows; i++) {
     for (int64_t d = 0; d < channels; d += kLanes) {
-      VFloat sum{};
-      const int64_t first = tile.first_lane(i), end = tile.end_lane(i);
-      for (int64_t j = first / kPerWord; j * kPerWord < end; j++) {
-        const VInt seen = seen_words(splat_int(-(j * kPerWord >= first)), splat_int(-(j * kPerWord + 1 < end)));
-        sum = add_product(broadcast(weights + i * kWidth / kPerWord + j),
-                          (VFloat)((VInt)load(rows + j * channels + d) & seen), sum);
-      }
       float* p = sums + i * channels + d;
-      store(p, load(p) + sum);
+      SumOfWords sum{load(p)};
+      const int64_t first = tile.first_lane(i), end = tile.end_lane(i);
+      const auto sees = [&](int64_t key) { return splat_int(-(key >= first && key < end)); };
+      for (int64_t key = first / kUnitRows * kUnitRows; key < end; key += kPerWord) {
+        const VFloat row = load(rows + key / kPerWord * channels + d);
+        sum.add(broadcast(weights + (i * kWidth + key) / kPerWord),
+                (VFloat)((VInt)row & seen_words(sees(key), sees(key + 1))));
+      }
+      store(p, sum.end());
     }
   }
 }
@@ -152,10 +176,7 @@ static void add_seen_keys(const Tile& tile, const float* weights, const float* r
 static void add_key_rows(const Tile& tile, const float* weights, const float* rows, int64_t channels, float* sums) {
   if (!tile.whole() && !all_finite(rows, channels / kPerWord, tile.lanes, channels))
     return add_seen_keys(tile, weights, rows, channels, sums);
-  int64_t d = 0;
-  for (; d + 4 * kLanes <= channels; d += 4 * kLanes) add_key_columns<4>(tile, weights, rows + d, channels, sums + d);
-  for (; d + 2 * kLanes <= channels; d += 2 * kLanes) add_key_columns<2>(tile, weights, rows + d, channels, sums + d);
-  for (; d < channels; d += kLanes) add_key_columns<1>(tile, weights, rows + d, channels, sums + d);
+  add_all_keys(tile, weights, rows, channels, sums);
 }
 
 // The queries from `query` on against a block of keys.
@@ -189,7 +210,7 @@ static void backward_keys(const AttentionBackward& call, int64_t b, int64_t kv_h
   if (kPerWord > 1) read_row_words(call.k, call.dtype, place, call.headdim, channels, rows);
   memset(dk, 0, size_t(2 * panel) * sizeof(float));
   const Keys keys{key, place.count, rows, k, v, dk, dv};
-  const int64_t first = most(key - call.key_of(0), 0) / kPerWord * kPerWord;
+  const int64_t first = most(key - call.key_of(0), 0) / kUnitRows * kUnitRows;
   const int64_t end = least(call.seqlen_q, key + place.count - 1 + call.window - call.key_of(0));
   for (int64_t h = kv_head * call.group; h < (kv_head + 1) * call.group; h++) {
     const int64_t at = b * call.nheads + h;
@@ -219,7 +240,7 @@ static void backward_segment(const AttentionBackward& call, int64_t b, int64_t k
   }
   for (int64_t turn = 0; turn * call.segments < call.key_blocks(); turn++) {
     const int64_t block = turn * call.segments + (turn % 2 ? call.segments - 1 - segment : segment);
-    const int64_t first = block * kAttentionMostLanes, end = least(first + kAttentionMostLanes, call.seqlen_k);
+    const int64_t first = block * kRows, end = least(first + kRows, call.seqlen_k);
     for (int64_t key = first; key < end; key += kWidth) backward_keys(call, b, kv_head, segment, key, scratch);
   }
 }
@@ -251,12 +272,12 @@ void attention_pack(const AttentionBackward& call, int64_t first_unit, int64_t l
 }
 
 void attention_backward(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch) {
-  const unsigned before = flush_subnormals();
+  const Modes before = begin_products();
   for (int64_t unit = first_unit; unit < last_unit; unit++) {
     const int64_t kv_head = unit / call.segments;
     backward_segment(call, kv_head / call.nheads_kv, kv_head % call.nheads_kv, unit % call.segments, scratch);
   }
-  keep_subnormals(before);
+  end_products(before);
 }
 
 void attention_write_dq(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float*) {

@@ -26,7 +26,7 @@ Floats new_floats(int64_t n) {
 }
 
 struct Kernels {
-  int64_t per_word;
+  Isa isa;
   decltype(&generic::attention_read) read;
   decltype(&generic::attention_forward) forward;
   decltype(&generic::attention_pack) pack;
@@ -35,9 +35,13 @@ struct Kernels {
 };
 
 Kernels pick_kernels(AttentionDtype dtype) {
-#define AUDIOKERNELS_KERNELS(name)                                                     \
-  {attention_per_word(Isa::name), &name::attention_read,     &name::attention_forward, \
-   &name::attention_pack,         &name::attention_backward, &name::attention_write_dq}
+#define AUDIOKERNELS_KERNELS(name) \
+  {Isa::name,                      \
+   &name::attention_read,          \
+   &name::attention_forward,       \
+   &name::attention_pack,          \
+   &name::attention_backward,      \
+   &name::attention_write_dq}
 #define AUDIOKERNELS_CASE(name) \
   case Isa::name: return AUDIOKERNELS_KERNELS(name);
   switch (dtype == AttentionDtype::bfloat16 ? bfloat16_isa() : float_isa()) {
@@ -133,13 +137,15 @@ AttentionRows word_rows(const Kernels& kernels, const Tensor& t, AttentionDtype 
   const int64_t sizes[] = {t.size(0), t.size(1), t.size(2), t.size(3)};
   if (dtype == AttentionDtype::float32 && tensor.stride[3] == 1 && sizes[3] % 8 == 0)
     return {static_cast<const float*>(t.data_ptr()), {tensor.stride[0], tensor.stride[1], tensor.stride[2]}};
-  const int64_t channels = attention_round_up(sizes[3], 16), per_word = kernels.per_word;
-  const int64_t per_head = (sizes[2] + per_word - 1) / per_word, units = sizes[0] * sizes[1] * per_head;
-  memory = new_floats(units * channels);
-  torch::stable::parallel_for(0, units, 4096 / per_word, [&](int64_t first, int64_t last) {
+  const int64_t channels = attention_round_up(sizes[3], attention_channels(kernels.isa));
+  const int64_t row = channels / attention_per_word(kernels.isa), unit_rows = attention_unit_rows(kernels.isa);
+  const int64_t per_head = (sizes[2] + unit_rows - 1) / unit_rows, units = sizes[0] * sizes[1] * per_head;
+  const int64_t head = per_head * unit_rows * row;
+  memory = new_floats(sizes[0] * sizes[1] * head);
+  torch::stable::parallel_for(0, units, 4096 / unit_rows, [&](int64_t first, int64_t last) {
     kernels.read(tensor, sizes, dtype, pairs, memory.get(), channels, first, last);
   });
-  return {memory.get(), {sizes[1] * per_head * channels, per_head * channels, channels / per_word}};
+  return {memory.get(), {sizes[1] * head, head, row}};
 }
 
 // Calls kernel(call, first, last, scratch) from several threads.
@@ -275,7 +281,8 @@ void run_backward(AttentionBackward& call, const Tensor& q, const Tensor& grad_o
   const int64_t heads = call.batch * call.nheads;
   Floats q_memory, grad_memory, q_sums_memory, grad_sums_memory;
   call.q_rows = call.q_sums = word_rows(kernels, q, call.dtype, AttentionPairs::channels, q_memory);
-  if (kernels.per_word == 1) {
+  call.block_keys = attention_rows(kernels.isa);
+  if (attention_per_word(kernels.isa) == 1) {
     grad_memory = new_floats(heads * call.row_floats());
     call.grad_floats = grad_memory.get();
     call.grad_rows =

@@ -222,13 +222,13 @@ static void decode_unit(const AttentionDecode& call, int64_t b, int64_t kv_head,
 }  // namespace
 
 void attention_decode(const AttentionDecode& call, int64_t first_unit, int64_t last_unit, float* scratch) {
-  const unsigned before = flush_subnormals();
+  const Modes before = begin_products();
   int64_t b = first_unit / call.nheads_kv, kv_head = first_unit % call.nheads_kv;
   for (int64_t unit = first_unit; unit < last_unit; unit++) {
     decode_unit(call, b, kv_head, scratch);
     if (++kv_head == call.nheads_kv) kv_head = 0, b++;
   }
-  keep_subnormals(before);
+  end_products(before);
 }
 
 }  // namespace AUDIOKERNELS_ISA

@@ -65,7 +65,7 @@ static void exponentials(const Block& block, const Tile& tile, Totals& total) {
   const bool whole = tile.whole(), referred = block.referred || kPerWord > 1;
   const float* scores = block.weights;
   float* weights = block.weights;  // pairs take half the place
-  for (int64_t j = 0; j < tile.rows; j += 2, scores += 2 * kWidth, weights += 2 * kWidth / kPerWord) {
+  for (int64_t j = 0; j < tile.padded_rows(); j += 2, scores += 2 * kWidth, weights += 2 * kWidth / kPerWord) {
     VFloat x[kPair];
     for (int i = 0; i < kPair; i++) x[i] = load(scores + i * kLanes);
     if (referred)
@@ -180,7 +180,7 @@ static void forward_unit(const AttentionForward& call, int64_t b, int64_t h, int
     blocks[n].panel = panels, blocks[n].sums = panels + panel_size, blocks[n].weights = weights;
     open_block(blocks[n], places[n], rows);
   }
-  const auto first_key = [=](int64_t position) { return most(position - window + 1, 0) / kPerWord * kPerWord; };
+  const auto first_key = [=](int64_t position) { return most(position - window + 1, 0) / kUnitRows * kUnitRows; };
   for (int64_t key = first_key(own); key < own + queries; key += kRows) {
     for (int i = 0; i < n; i++) {
       Block& block = blocks[i];
@@ -195,20 +195,24 @@ static void forward_unit(const AttentionForward& call, int64_t b, int64_t h, int
 
 void attention_read(const AttentionTensor& t, const int64_t* sizes, AttentionDtype dtype, AttentionPairs pairs,
                     float* words, int64_t channels, int64_t first, int64_t last) {
-  const int64_t heads = sizes[1], seqlen = sizes[2], headdim = sizes[3], units = (seqlen + kPerWord - 1) / kPerWord;
+  const int64_t heads = sizes[1], seqlen = sizes[2], headdim = sizes[3], units = (seqlen + kUnitRows - 1) / kUnitRows;
+  const int64_t unit_floats = kUnitRows * channels / kPerWord;
   for (int64_t i = first; i < last;) {  // a head's at a time
-    const int64_t head = i / units, row = i % units * kPerWord, count = least(last, (head + 1) * units) - i;
-    const Place at{head / heads, head % heads, row, least(count * kPerWord, seqlen - row)};
-    if (pairs == AttentionPairs::rows)
-      read_row_words(t, dtype, at, headdim, channels, words + i * channels);
-    else
-      read_channel_words(t, dtype, at, headdim, channels / kPerWord, words + i * channels);
+    const int64_t head = i / units, row = i % units * kUnitRows, count = least(last, (head + 1) * units) - i;
+    const Place at{head / heads, head % heads, row, least(count * kUnitRows, seqlen - row)};
+    float* to = words + i * unit_floats;
+    if (pairs == AttentionPairs::rows) {
+      read_sum_words(t, dtype, at, headdim, channels, to);
+    } else {
+      read_channel_words(t, dtype, at, headdim, channels / kPerWord, to);
+      for (int64_t j = at.count * channels / kPerWord; j < count * unit_floats; j++) to[j] = 0.0f;
+    }
     i += count;
   }
 }
 
 void attention_forward(const AttentionForward& call, int64_t first_unit, int64_t last_unit, float* scratch) {
-  const unsigned before = flush_subnormals();
+  const Modes before = begin_products();
   const int64_t per_head = call.units_per_head();
   for (int64_t unit = first_unit; unit < last_unit; unit++) {
     // short rows and long rows in turn: then any run of units costs about the same per unit
@@ -216,7 +220,7 @@ void attention_forward(const AttentionForward& call, int64_t first_unit, int64_t
     const int64_t place = turn % 2 ? per_head - 1 - turn / 2 : turn / 2;
     forward_unit(call, head / call.nheads, head % call.nheads, place * kAttentionUnit, scratch);
   }
-  keep_subnormals(before);
+  end_products(before);
 }
 
 }  // namespace AUDIOKERNELS_ISA

@@ -9,22 +9,27 @@
 
 #include "causal_attention.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace audiokernels {
 namespace AUDIOKERNELS_ISA {
 namespace {
 
 // A register tile: kVectors vectors of lanes by kTile rows (or channels).
-#if defined(__AVX512F__)
+#if defined(AUDIOKERNELS_TILES)
+constexpr int kVectors = 4, kTile = 8;  // of what is not done in tile registers
+#elif defined(__AVX512F__)
 constexpr int kVectors = 3, kTile = 8, kSums = 24;
 #elif defined(__AVX2__)
 constexpr int kVectors = 3, kTile = 4, kSums = 12;
 #else
 constexpr int kVectors = 2, kTile = 4, kSums = 8;
 #endif
-constexpr int kWidth = kVectors * kLanes;  // lanes of a panel
-constexpr int kRows = kAttentionRows;      // of a tile
+constexpr int kWidth = kVectors * kLanes;                              // lanes of a panel
+constexpr int kRows = attention_rows(Isa::AUDIOKERNELS_ISA);           // of a tile
+constexpr int kUnitRows = attention_unit_rows(Isa::AUDIOKERNELS_ISA);  // at whose multiples it begins
 static_assert(kWidth <= kAttentionMostLanes && kAttentionUnit % kWidth == 0 && kRows % kTile == 0);
+static_assert(kRows <= kAttentionMostRows && kRows % kWidth == 0 && kRows % kUnitRows == 0);
 
 // What the inner loops multiply, a word a lane: see attention_per_word.
 constexpr int kPerWord = attention_per_word(Isa::AUDIOKERNELS_ISA);
@@ -74,20 +79,31 @@ AK_INLINE VInt lane_numbers() {
   return v;
 }
 
-// Subnormal numbers count as zero from here on: far keys would slow the sums down a hundred times. What is returned
-// ends that. (Not a destructor: one would bring a weak symbol into the object.)
-AK_INLINE unsigned flush_subnormals() {
-#if defined(__x86_64__)
-  const unsigned before = _mm_getcsr();
-  _mm_setcsr(before | 0x8040);
-  return before;
-#else
-  return 0;
+// Subnormal numbers count as zero from here on: far keys would slow the sums down a hundred times. And tile registers
+// are set up. What is returned ends that. (Not a destructor: one would bring a weak symbol into the object.)
+struct Modes {
+  unsigned numbers;
+#if defined(AUDIOKERNELS_TILES)
+  TileConfig tiles;
 #endif
-}
-AK_INLINE void keep_subnormals(unsigned before) {
+};
+AK_INLINE Modes begin_products() {
+  Modes before{};
 #if defined(__x86_64__)
-  _mm_setcsr(before);
+  before.numbers = _mm_getcsr();
+  _mm_setcsr(before.numbers | 0x8040);
+#endif
+#if defined(AUDIOKERNELS_TILES)
+  before.tiles = begin_tiles();
+#endif
+  return before;
+}
+AK_INLINE void end_products(const Modes& before) {
+#if defined(AUDIOKERNELS_TILES)
+  end_tiles(before.tiles);
+#endif
+#if defined(__x86_64__)
+  _mm_setcsr(before.numbers);
 #else
   (void)before;
 #endif
@@ -283,12 +299,44 @@ static inline void from_panel(const float* panel, int64_t channels, const VFloat
   }
 }
 
+// Rows to be summed: see sum_word.
+#if defined(AUDIOKERNELS_TILES)
+static inline void read_sum_words(const AttentionTensor& t, AttentionDtype dtype, const Place& at, int64_t headdim,
+                                  int64_t channels, float* words) {
+  float pairs[kLanes * 256];
+  for (int64_t i = 0; i < at.count; i += kUnitRows, words += channels * kLanes) {
+    const Place unit{at.b, at.h, at.first + i, least(kUnitRows, at.count - i)};
+    memset(pairs, 0, sizeof pairs);
+    read_row_words(t, dtype, unit, headdim, channels, pairs);
+    for (int64_t d = 0; d < channels; d += kLanes) {
+      VFloat v[kLanes];
+      for (int r = 0; r < kLanes; r++) v[r] = load(pairs + r * channels + d);
+      transpose(v);
+      for (int r = 0; r < kLanes; r++) store(words + (d + r) * kLanes, v[r]);
+    }
+  }
+}
+#else
+constexpr auto read_sum_words = read_row_words;
+#endif
+
+// Where the word of row j (and of the next one) and channel d lies.
+AK_INLINE const float* sum_word(const float* rows, int64_t stride, int64_t j, int64_t d) {
+#if defined(AUDIOKERNELS_TILES)
+  return rows + j / kUnitRows * kUnitRows * stride + d * kTileWords + j % kUnitRows / kPerWord;
+#else
+  return rows + j * stride + d;
+#endif
+}
+
 // ---- what is seen ----
 
 // Row r sees the lanes [first + r, first + r + window) of those that there are.
 struct Tile {
   int64_t first, window, rows, lanes;
 
+  // What is worked on: beyond the last row nothing is seen, weights are zero.
+  int64_t padded_rows() const { return attention_round_up(rows, kUnitRows > 2 ? kUnitRows : 2); }
   // Does every row see every lane?
   bool whole() const { return rows == kRows && lanes == kWidth && first + rows <= 1 && first + window >= kWidth; }
   int64_t first_lane(int64_t r) const { return least(most(first + r, 0), lanes); }
@@ -346,6 +394,65 @@ AK_INLINE void store_weights(VFloat first, VFloat second, float* words) {
 
 // ---- products ----
 
+#if defined(AUDIOKERNELS_TILES)
+
+static_assert(kWidth == kSumTiles * kTileWords && kRows == kSumTiles * kTileRows);
+
+// products[j][lane] = rows[j] . panel[lane] for the rows of a tile, rounded up to 16, and the lanes that they see.
+static inline void dot_rows(const float* rows, int64_t stride, const Tile& tile, const float* panel, int64_t words,
+                            float* products) {
+  const int64_t chunks = (words + kTileWords - 1) / kTileWords, end = (tile.rows + kTileRows - 1) / kTileRows;
+  for (int64_t lane = 0; lane < tile.lanes; lane += kTileWords) {
+    int64_t first = 0, last = end;  // sixteens of rows that see some of these lanes
+    while (first < last && tile.end_lane(least((first + 1) * kTileRows, tile.rows) - 1) <= lane) first++;
+    while (first < last && tile.first_lane((last - 1) * kTileRows) >= lane + kTileWords) last--;
+    if (first == last) continue;
+    const TileFactor left{rows + first * kTileRows * stride, stride, kTileWords, kTileRows * stride};
+    const TileFactor right{panel + lane, kWidth, kTileWords * kWidth, 0};
+    float* sums = products + first * kTileRows * kWidth + lane;
+    with_tiles<kSumTiles>(last - first, [&]<int n>(TileCount<n>) {
+      multiply_tiles<n, false>(left, right, chunks, sums, kWidth, kTileRows * kWidth);
+    });
+  }
+}
+
+// panel[d][lane] += sum_j rows[j][d] * weights[j][lane] for d < headdim, rounded up to 16.
+static inline void add_rows(const float* rows, int64_t stride, const Tile& tile, const float* weights, int64_t headdim,
+                            float* panel) {
+  const int64_t chunks = tile.padded_rows() / kUnitRows, channels = kTileRows * kSumTiles;
+  for (int64_t d = 0; d < headdim; d += channels) {
+    const TileFactor left{rows + d * kTileWords, kTileWords, kUnitRows * stride, kTileRows * kTileWords};
+    for (int64_t lane = 0; lane < tile.lanes; lane += kTileWords) {
+      const TileFactor right{weights + lane, kWidth, kTileWords * kWidth, 0};
+      with_tiles<kSumTiles>((least(headdim - d, channels) + kTileRows - 1) / kTileRows, [&]<int n>(TileCount<n>) {
+        multiply_tiles<n, true>(left, right, chunks, panel + d * kWidth + lane, kWidth, kTileRows * kWidth);
+      });
+    }
+  }
+}
+
+// A sum over rows to the bit as that: 16 words at a time, the first and the second numbers of pairs apart.
+struct SumOfWords {
+  VFloat total, first{}, second{};
+  int n = 0;
+  AUDIOKERNELS_INLINE void add(VFloat a, VFloat b) {
+    const VInt x = (VInt)a, y = (VInt)b, high = splat_int(~0xFFFF);
+    first = fma((VFloat)(x << 16), (VFloat)(y << 16), first);
+    second = fma((VFloat)(x & high), (VFloat)(y & high), second);
+    if (++n % kTileWords == 0) close();
+  }
+  AUDIOKERNELS_INLINE void close() {
+    total += first + second;
+    first = second = VFloat{};
+  }
+  AUDIOKERNELS_INLINE VFloat end() {
+    close();
+    return total;
+  }
+};
+
+#else
+
 // sums[t][i] = sum over d < n of word(d, t) * panel[d][i]: nearly all time goes by here. The first step is a product,
 // since to copy a zero into each sum takes as long as to add to it.
 template <int V, class Word>
@@ -400,6 +507,19 @@ static inline void add_rows(const float* rows, int64_t stride, int64_t count, co
     }
   }
 }
+static inline void add_rows(const float* rows, int64_t stride, const Tile& tile, const float* weights, int64_t headdim,
+                            float* panel) {
+  with_vectors(tile.lanes, [&]<int V>(Count<V>) { add_rows<V>(rows, stride, tile.rows, weights, headdim, panel); });
+}
+
+// A sum over rows to the bit as that.
+struct SumOfWords {
+  VFloat total, sum{};
+  AUDIOKERNELS_INLINE void add(VFloat a, VFloat b) { sum = add_product(a, b, sum); }
+  AUDIOKERNELS_INLINE VFloat end() const { return total + sum; }
+};
+
+#endif
 
 // Masks of a number each -> of the word that holds the first, or both.
 AK_INLINE VInt seen_words(VInt first, VInt second) {
@@ -411,14 +531,14 @@ static inline void add_seen_rows(const float* rows, int64_t stride, const Tile& 
                                  int64_t headdim, float* panel) {
   for (int i = 0; i < kVectors; i++) {
     for (int64_t d = 0; d < headdim; d++) {
-      VFloat sum{};
+      float* p = panel + d * kWidth + i * kLanes;
+      SumOfWords sum{load(p)};
       for (int64_t j = 0; j < tile.rows; j += kPerWord) {
         const VFloat weight = load(weights + j / kPerWord * kWidth + i * kLanes);
         const VInt seen = seen_words(tile.visible(j, i), tile.visible(j + 1, i));
-        sum = add_product((VFloat)((VInt)broadcast(rows + j * stride + d) & seen), weight, sum);
+        sum.add((VFloat)((VInt)broadcast(sum_word(rows, stride, j, d)) & seen), weight);
       }
-      float* p = panel + d * kWidth + i * kLanes;
-      store(p, load(p) + sum);
+      store(p, sum.end());
     }
   }
 }
@@ -426,9 +546,11 @@ static inline void add_seen_rows(const float* rows, int64_t stride, const Tile& 
 // The weighted sum of a tile's rows, by whichever of the two it needs.
 static inline void add_tile(const float* rows, int64_t stride, const Tile& tile, const float* weights, int64_t headdim,
                             float* panel) {
-  if (!tile.whole() && !all_finite(rows, stride, tile.rows, headdim))
+  const bool units = kUnitRows > kPerWord;  // which lie side by side
+  const int64_t floats = attention_round_up(tile.rows, kUnitRows) * stride;
+  if (!tile.whole() && !(units ? all_finite(rows, 0, 1, floats) : all_finite(rows, stride, tile.rows, headdim)))
     return add_seen_rows(rows, stride, tile, weights, headdim, panel);
-  with_vectors(tile.lanes, [&]<int V>(Count<V>) { add_rows<V>(rows, stride, tile.rows, weights, headdim, panel); });
+  add_rows(rows, stride, tile, weights, headdim, panel);
 }
 
 }  // namespace

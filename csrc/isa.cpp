@@ -33,7 +33,7 @@ std::atomic<Isa>& current() {
 // Has this processor tile registers with products of bfloat16 and int8, and does Linux let this process use them? It
 // wants to be asked, since they make what it keeps of a thread 8 KiB larger.
 bool tiles_granted() {
-#if defined(AUDIOKERNELS_TILES) && defined(__linux__)
+#if defined(AUDIOKERNELS_AMX) && defined(__linux__)
   static const bool granted = [] {
     unsigned a, b, c, d = 0;
     constexpr unsigned kBFloat16 = 1 << 22, kTile = 1 << 24, kInt8 = 1 << 25, kAll = kBFloat16 | kTile | kInt8;

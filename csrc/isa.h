@@ -21,7 +21,11 @@ std::vector<std::string> supported_isas();
 // The instruction sets compiled for this machine's family.
 #if defined(__x86_64__)
 #define AUDIOKERNELS_FOR_EACH_FLOAT_ISA(X) X(generic) X(avx2) X(avx512)
+#if defined(AUDIOKERNELS_AMX)
 #define AUDIOKERNELS_FOR_EACH_BFLOAT16_ISA(X) AUDIOKERNELS_FOR_EACH_FLOAT_ISA(X) X(avx512_bf16) X(avx512_amx)
+#else
+#define AUDIOKERNELS_FOR_EACH_BFLOAT16_ISA(X) AUDIOKERNELS_FOR_EACH_FLOAT_ISA(X) X(avx512_bf16)
+#endif
 #define AUDIOKERNELS_FOR_EACH_ISA(X) AUDIOKERNELS_FOR_EACH_BFLOAT16_ISA(X) X(avx512_vnni)
 #else
 #define AUDIOKERNELS_FOR_EACH_FLOAT_ISA(X) X(generic)

@@ -115,6 +115,55 @@ AK_INLINE void end_tiles(const TileConfig& before) {
     release_tiles();
 }
 
+// ---- products of matrices ----
+
+// Of 32-bit words, `stride` from row to row. What of it meets the tile t of sums begins t * `next` further on, and the
+// 16 words of a sum that come after the first ones `chunk` further on.
+struct TileFactor {
+  const float* words;
+  int64_t stride, chunk, next;
+};
+
+template <int n>
+struct TileCount {};
+template <int n, class Call>
+AK_INLINE void for_each_tile(Call call) {  // call(TileCount<0>{}), ..., call(TileCount<n - 1>{})
+  if constexpr (n > 0) {
+    for_each_tile<n - 1>(call);
+    call(TileCount<n - 1>{});
+  }
+}
+template <int n, class Call>
+AK_INLINE void with_tiles(int64_t count, Call call) {  // call(TileCount<count>{}), count 1..n
+  if constexpr (n > 1)
+    if (count < n) return with_tiles<n - 1>(count, call);
+  call(TileCount<n>{});
+}
+
+constexpr int kSumTiles = 4;  // registers for sums; the others hold what is multiplied
+
+// sums[t] = left[t] right for t < n, or += where `add`: left (16, 16 chunks), right (16 chunks, 16), both in pairs of
+// bfloat16; sums (16, 16), rows `stride` apart, tiles `next`.
+template <int n, bool add>
+AK_INLINE void multiply_tiles(const TileFactor& left, const TileFactor& right, int64_t chunks, float* sums,
+                              int64_t stride, int64_t next) {
+  for_each_tile<n>([&]<int t>(TileCount<t>) {
+    if constexpr (add)
+      load_tile<t>(sums + t * next, 4 * stride);
+    else
+      zero_tile<t>();
+  });
+  for (int64_t c = 0; c < chunks; c++) {
+    load_tile<7>(right.words + c * right.chunk, 4 * right.stride);
+    for_each_tile<n>([&]<int t>(TileCount<t>) {
+      constexpr int kLeft = kSumTiles + t % 3;  // of three, so that one is loaded while another is multiplied
+      load_tile<kLeft>(left.words + t * left.next + c * left.chunk, 4 * left.stride);
+      add_bfloat16_product<t, kLeft, 7>();
+    });
+  }
+  for_each_tile<n>([&]<int t>(TileCount<t>) { store_tile<t>(sums + t * next, 4 * stride); });
+}
+
 }  // namespace
 }  // namespace AUDIOKERNELS_ISA
 }  // namespace audiokernels
