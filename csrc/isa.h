@@ -8,7 +8,7 @@ namespace audiokernels {
 
 enum class Isa { generic, avx2, avx512, avx512_vnni, avx512_bf16, avx512_amx };  // each includes those before it
 
-Isa isa();                              // in use; at first the best that this processor has
+Isa isa();                              // in use; at first the fastest that this processor has
 Isa float_isa();                        // isa(), or avx512 where it goes further: those after it add no float32
 Isa bfloat16_isa();                     // the same, but avx512_bf16 and beyond where that is isa()
 void set_isa(const std::string& name);  // throws std::invalid_argument if unknown or not supported here

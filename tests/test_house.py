@@ -45,6 +45,7 @@ SHARED = {"philox", "backends", "sampling"}  # modules that belong to no room, b
 SHARED_HEADERS = {
     "isa.h",
     "simd.h",
+    "tiles.h",
     "torch_stable.h",
     "cuda_stream.h",
     "generation.h",
