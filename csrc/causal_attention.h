@@ -61,8 +61,12 @@ constexpr int64_t kAttentionMostRows = 64;  // in a tile of any instruction set
 constexpr int64_t kAttentionDecodeKeys = 128;  // read at a time by attention_decode
 constexpr int64_t kAttentionMostLanes = 64;
 
-// Rows of a tile, and keys of a block of backward work: a multiple of its lanes.
-constexpr int64_t attention_rows(Isa isa) { return isa == Isa::avx512_amx ? 64 : 48; }
+constexpr int64_t attention_rows(Isa isa) { return isa == Isa::avx512_amx ? 64 : 48; }  // of a tile
+
+// Keys of a unit of backward work, a multiple of a tile's lanes. Tile registers are so fast that reading queries takes
+// time: more keys meet them at once.
+constexpr int64_t attention_block_keys(Isa isa) { return isa == Isa::avx512_amx ? 192 : 48; }
+constexpr int64_t kAttentionMostKeys = 192;
 
 // To what headdim is padded: words fill vectors, those of tile registers tiles.
 constexpr int64_t attention_channels(Isa isa) { return isa == Isa::avx512_amx ? 32 : 16; }
@@ -90,7 +94,7 @@ struct AttentionBackward : AttentionSizes {
   AttentionRows q_rows, grad_rows;  // channels: headdim rounded up to 8; pairs of channels
   AttentionRows q_sums, grad_sums;  // pairs of rows; without pairs the same
   const float *lse, *grad_lse;      // (batch, nheads, seqlen_q); grad_lse may be null
-  int64_t segments, block_keys;     // block_keys: attention_rows
+  int64_t segments, block_keys;     // block_keys: attention_block_keys
   // By attention_pack: a query's weights are 2^(scores - reference) times a factor, which lies in its gradients, or is
   // 1 where these are pairs.
   float* grad_floats;  // (batch, nheads, row_floats()): factor * grad_out; not for pairs
@@ -103,7 +107,7 @@ struct AttentionBackward : AttentionSizes {
   AUDIOKERNELS_INLINE int64_t units_per_head() const { return padded_queries() / kAttentionUnit; }
   AUDIOKERNELS_INLINE int64_t key_blocks() const { return (seqlen_k + block_keys - 1) / block_keys; }
   AUDIOKERNELS_INLINE int64_t scratch_floats() const {
-    return kAttentionMostLanes * (5 * channels() + 3 * kAttentionMostRows);
+    return kAttentionMostKeys * 5 * channels() + kAttentionMostLanes * 3 * kAttentionMostRows;
   }
 };
 

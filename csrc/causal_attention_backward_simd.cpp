@@ -11,6 +11,9 @@ namespace audiokernels {
 namespace AUDIOKERNELS_ISA {
 namespace {
 
+constexpr int64_t kBlockKeys = attention_block_keys(Isa::AUDIOKERNELS_ISA);
+constexpr int64_t kKeys = kBlockKeys > 48 ? kBlockKeys : kWidth;  // that meet the same queries, a tile after the other
+static_assert(kBlockKeys % kKeys == 0 && kKeys % kWidth == 0 && kBlockKeys <= kAttentionMostKeys);
 constexpr double kMostLse = 24.0;  // in powers of 2, for the reference 0: factors of gradients stay near 1
 
 // Rows of a head, as both kinds of products want them.
@@ -29,10 +32,10 @@ struct Head {
 
 // A block of keys.
 struct Keys {
-  int64_t first, count;
-  const float* rows;         // (kWidth / kPerWord, channels)
-  const float *k, *v;        // panels: factor * k, v
-  float *dk_sums, *dv_sums;  // panels: dk / scale, dv
+  int64_t first, count, first_query, end_query;  // the queries that see some of them
+  float* rows;                                   // (kWidth / kPerWord, channels)
+  const float *k, *v;                            // panels: factor * k, v
+  float *dk_sums, *dv_sums;                      // panels: dk / scale, dv
 };
 
 static float row_dot(const float* a, const float* b, int64_t n) {
@@ -195,13 +198,11 @@ static void backward_tile(const AttentionBackward& call, const Head& head, const
   add_key_rows(tile, tiles.ds_keys, keys.rows, channels, head.dq + query * channels);
 }
 
-// The block of at most kWidth keys from `key` on, and all queries that see some of it. `scratch`: panels and tiles.
-static void backward_keys(const AttentionBackward& call, int64_t b, int64_t kv_head, int64_t segment, int64_t key,
-                          float* scratch) {
-  const int64_t channels = call.channels(), panel = kWidth * channels, n = call.padded_queries();
+// The keys of `place`, at most kWidth, in `memory`: five panels.
+static Keys open_keys(const AttentionBackward& call, const Place& place, float* memory) {
+  const int64_t channels = call.channels(), panel = kWidth * channels;
   const int64_t words = attention_round_up(channels / kPerWord, kLanes);
-  float *rows = scratch, *k = rows + panel, *v = k + panel, *dk = v + panel, *dv = dk + panel, *weights = dv + panel;
-  const Place place{b, kv_head, key, least(kWidth, call.seqlen_k - key)};
+  float *rows = memory, *k = rows + panel, *v = k + panel, *dk = v + panel, *dv = dk + panel;
   memset(rows, 0, size_t(panel) * sizeof(float));
   read_channel_words(call.v, call.dtype, place, call.headdim, words, rows);
   to_panel(rows, words, 1.0f, v);
@@ -209,9 +210,31 @@ static void backward_keys(const AttentionBackward& call, int64_t b, int64_t kv_h
   to_panel(rows, words, call.factor(), k);
   if (kPerWord > 1) read_row_words(call.k, call.dtype, place, call.headdim, channels, rows);
   memset(dk, 0, size_t(2 * panel) * sizeof(float));
-  const Keys keys{key, place.count, rows, k, v, dk, dv};
-  const int64_t first = most(key - call.key_of(0), 0) / kUnitRows * kUnitRows;
-  const int64_t end = least(call.seqlen_q, key + place.count - 1 + call.window - call.key_of(0));
+  const int64_t first = most(place.first - call.key_of(0), 0) / kUnitRows * kUnitRows;
+  const int64_t end = least(call.seqlen_q, place.first + place.count - 1 + call.window - call.key_of(0));
+  return {place.first, place.count, first, end, rows, k, v, dk, dv};
+}
+
+static void close_keys(const AttentionBackward& call, const Place& place, const Keys& keys) {
+  VFloat scale[kVectors], one[kVectors];
+  for (int i = 0; i < kVectors; i++) scale[i] = splat(float(call.scale)), one[i] = splat(1.0f);
+  from_panel(keys.dk_sums, call.channels(), scale, keys.rows);
+  write_rows(keys.rows, call.channels(), call.dk, call.dtype, place, call.headdim);
+  from_panel(keys.dv_sums, call.channels(), one, keys.rows);
+  write_rows(keys.rows, call.channels(), call.dv, call.dtype, place, call.headdim);
+}
+
+// The keys [key, end), at most kKeys of them, and all queries that see some of them. `scratch`: panels and tiles.
+static void backward_keys(const AttentionBackward& call, int64_t b, int64_t kv_head, int64_t segment, int64_t key,
+                          int64_t end, float* scratch) {
+  const int64_t n = call.padded_queries();
+  Keys blocks[kKeys / kWidth];
+  Place places[kKeys / kWidth];
+  int count = 0;
+  for (; key < end; key += kWidth, count++, scratch += 5 * kWidth * call.channels()) {
+    places[count] = {b, kv_head, key, least(kWidth, end - key)};
+    blocks[count] = open_keys(call, places[count], scratch);
+  }
   for (int64_t h = kv_head * call.group; h < (kv_head + 1) * call.group; h++) {
     const int64_t at = b * call.nheads + h;
     const float* numbers = call.row_numbers + 2 * at * n;
@@ -221,14 +244,12 @@ static void backward_keys(const AttentionBackward& call, int64_t b, int64_t kv_h
         numbers,
         numbers + n,
         call.dq_parts + (at * call.segments + segment) * call.row_floats()};
-    for (int64_t query = first; query < end; query += kRows) backward_tile(call, head, keys, query, weights);
+    for (int64_t query = blocks[0].first_query; query < blocks[count - 1].end_query; query += kRows)
+      for (const Keys& keys : blocks)
+        if (&keys < blocks + count && query + kRows > keys.first_query && query < keys.end_query)
+          backward_tile(call, head, keys, query, scratch);
   }
-  VFloat scale[kVectors], one[kVectors];
-  for (int i = 0; i < kVectors; i++) scale[i] = splat(float(call.scale)), one[i] = splat(1.0f);
-  from_panel(dk, channels, scale, rows);
-  write_rows(rows, channels, call.dk, call.dtype, place, call.headdim);
-  from_panel(dv, channels, one, rows);
-  write_rows(rows, channels, call.dv, call.dtype, place, call.headdim);
+  for (int i = 0; i < count; i++) close_keys(call, places[i], blocks[i]);
 }
 
 // The keys of a segment: blocks s, 2 n - 1 - s, 2 n + s, ...: early ones, which more queries see, and late ones alike.
@@ -240,8 +261,9 @@ static void backward_segment(const AttentionBackward& call, int64_t b, int64_t k
   }
   for (int64_t turn = 0; turn * call.segments < call.key_blocks(); turn++) {
     const int64_t block = turn * call.segments + (turn % 2 ? call.segments - 1 - segment : segment);
-    const int64_t first = block * kRows, end = least(first + kRows, call.seqlen_k);
-    for (int64_t key = first; key < end; key += kWidth) backward_keys(call, b, kv_head, segment, key, scratch);
+    const int64_t first = block * kBlockKeys, end = least(first + kBlockKeys, call.seqlen_k);
+    for (int64_t key = first; key < end; key += kKeys)
+      backward_keys(call, b, kv_head, segment, key, least(key + kKeys, end), scratch);
   }
 }
 

@@ -271,8 +271,9 @@ std::tuple<Tensor, Tensor> causal_attention(Tensor q, Tensor k, Tensor v, std::o
 
 // The keys of a kv head are cut where heads are few: for threads, yet the same for any number of them.
 int64_t segments_of(const AttentionBackward& call) {
-  constexpr int64_t kUnits = 16, kFewestBlocks = 8;
-  const int64_t wanted = (kUnits - 1) / (call.batch * call.nheads_kv) + 1, most = call.key_blocks() / kFewestBlocks;
+  constexpr int64_t kUnits = 16, kFewestKeys = 384;
+  const int64_t wanted = (kUnits - 1) / (call.batch * call.nheads_kv) + 1,
+                most = call.key_blocks() * call.block_keys / kFewestKeys;
   return wanted < most ? wanted : most > 1 ? most : 1;
 }
 
@@ -281,7 +282,7 @@ void run_backward(AttentionBackward& call, const Tensor& q, const Tensor& grad_o
   const int64_t heads = call.batch * call.nheads;
   Floats q_memory, grad_memory, q_sums_memory, grad_sums_memory;
   call.q_rows = call.q_sums = word_rows(kernels, q, call.dtype, AttentionPairs::channels, q_memory);
-  call.block_keys = attention_rows(kernels.isa);
+  call.block_keys = attention_block_keys(kernels.isa);
   if (attention_per_word(kernels.isa) == 1) {
     grad_memory = new_floats(heads * call.row_floats());
     call.grad_floats = grad_memory.get();
