@@ -144,7 +144,10 @@ struct DotBFloat16 : FloatSums {
 };
 #else
 struct DotBFloat16 : FloatPairs {
-  AK_MEMBER Weights widen(VInt w) { return {(VFloat)(w << 16), (VFloat)(w & splat_int(int32_t(0xFFFF0000)))}; }
+  AK_MEMBER Weights widen(VInt w) {
+    w = in_register(w);
+    return {(VFloat)(w << 16), (VFloat)(w & splat_int(int32_t(0xFFFF0000)))};
+  }
 };
 #endif
 

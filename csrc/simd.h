@@ -40,6 +40,13 @@ AK_INLINE VInt load_int(const void* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+// gcc would read from memory what is used twice, twice.
+AK_INLINE VInt in_register(VInt v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 AK_INLINE void store(float* p, VFloat v) { memcpy(p, &v, sizeof v); }
 AK_INLINE void store_int(void* p, VInt v) { memcpy(p, &v, sizeof v); }
 AK_INLINE VFloat splat(float x) { return x - VFloat{}; }
