@@ -3,11 +3,17 @@
 // Outputs lie in the lanes, inputs are broadcast in ascending order, one fused multiply-add each. So a sum has one
 // order whatever the lane count, the tile and the batch, and float32 codes are the same everywhere. int8 sums are
 // exact. float16 and bfloat16 keep that order too, bfloat16 not on avx512_bf16, whose instruction adds pairs.
+//
+// On avx512_amx bfloat16 has the order of a tile product (csrc/tiles.h): even and odd products of 32 inputs apart, then
+// both, then that to the sum. Two streams and more are multiplied by tiles, 16 sharing a pass over the weights; a
+// single one by vectors in the same order, since tiles slow the processor's clock for all around them. int8 takes tiles
+// from three streams on.
 #pragma once
 
 #include "generation.h"
 #include "sampling.h"
 #include "simd.h"
+#include "tiles.h"
 
 namespace audiokernels {
 namespace AUDIOKERNELS_ISA {
@@ -53,6 +59,12 @@ struct Inputs {
   const void* past;  // of all taps but the last
   const void* now;   // of the last tap
   float* scale;      // int8: (batch, taps)
+};
+
+struct Workspace {
+  Streams past;  // the taps before the newest: width - 1 times inputs padded
+  void* packed;  // inputs rounded to the pack type
+  float* scales;
 };
 
 // One piece of a product: `steps` inputs of one tap times a slice of rows.
@@ -118,6 +130,13 @@ struct DotFloat16 : FloatPairs {
   AK_MEMBER Weights widen(VInt w) { return {widen_low(w), widen_low(w >> 16)}; }
 };
 
+struct WideBFloat16 : FloatPairs {
+  AK_MEMBER Weights widen(VInt w) {
+    w = in_register(w);
+    return {(VFloat)(w << 16), (VFloat)(w & splat_int(int32_t(0xFFFF0000)))};
+  }
+};
+
 #if defined(AK_BFLOAT16_PAIRS)
 struct DotBFloat16 : FloatSums {
   using In = uint16_t;
@@ -143,11 +162,36 @@ struct DotBFloat16 : FloatSums {
   AK_MEMBER VFloat add(VFloat acc, Weights w, Step s) { return add_pairs(w, s, acc); }
 };
 #else
-struct DotBFloat16 : FloatPairs {
-  AK_MEMBER Weights widen(VInt w) {
-    w = in_register(w);
-    return {(VFloat)(w << 16), (VFloat)(w & splat_int(int32_t(0xFFFF0000)))};
+using DotBFloat16 = WideBFloat16;
+#endif
+
+#if defined(AUDIOKERNELS_TILES)
+// The sums of a tile product to the bit, where subnormals are flushed: even and odd products of 32 inputs apart.
+struct TileOrder : WideBFloat16 {
+  static constexpr bool kAlone = true;  // for a single stream
+  struct Sum {
+    VFloat whole, even, odd;
+  };
+  AK_MEMBER void round(const float* in, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      uint16_t half[kLanes];
+      store_rounded(half, load(in + i));
+      store(out + i, load_bfloat16(half));
+    }
   }
+  AK_MEMBER Inputs prepare(const Matrix& m, const Streams& past, const Streams& now, void* out, float*) {
+    const int64_t last = (m.taps - 1) * m.tap_stride * now.batch;
+    float* const rounded = static_cast<float*>(out);
+    round(past.data, last, rounded);
+    round(now.data, m.tap_stride * now.batch, rounded + last);
+    return {rounded, rounded + last, nullptr};
+  }
+  AK_MEMBER Sum start(const Block&, const float* from, int64_t) { return {load(from), VFloat{}, VFloat{}}; }
+  AK_MEMBER Sum add(Sum sum, Weights w, Step s) {
+    return {sum.whole, fma(w.even, splat(s.even), sum.even), fma(w.odd, splat(s.odd), sum.odd)};
+  }
+  AK_MEMBER Sum carry(Sum sum) { return {sum.whole + (sum.even + sum.odd), VFloat{}, VFloat{}}; }
+  AK_MEMBER void finish(Sum sum, const Block&, int64_t, const float*, float* out, int64_t) { store(out, sum.whole); }
 };
 #endif
 
@@ -163,7 +207,8 @@ struct DotInt8 {
     const VFloat scale = load(block.scale + i) * splat(block.input_scale[b * block.taps + block.tap]);
     store(out, fma(to_float(acc), scale, load(from)));
   }
-  // `rows` inputs of stream b, scaled by their largest one.
+  // `rows` inputs of stream b, scaled by their largest one, in groups of `n` values of all streams.
+  template <int n = kRowLanes>
   AK_MEMBER void quantize(const Streams& in, int64_t b, int64_t rows, int8_t* out, float* scale) {
     typedef int8_t VBytes __attribute__((vector_size(kLanes)));
     VFloat most = splat(0.0f);
@@ -176,7 +221,7 @@ struct DotInt8 {
       for (int i = 0; i < kRowLanes; i += kLanes) {
         const VInt q = round_to_int(load(in.at(row, b) + i) * splat(inverse));
         const VBytes bytes = __builtin_convertvector(kUnsigned ? q ^ splat_int(0x80) : q, VBytes);
-        memcpy(out + row * in.batch + b * kRowLanes + i, &bytes, sizeof bytes);
+        memcpy(out + row / n * n * in.batch + b * n + row % n + i, &bytes, sizeof bytes);
       }
   }
   AK_MEMBER Inputs prepare(const Matrix& m, const Streams& past, const Streams& now, void* out, float* scales) {
@@ -268,7 +313,7 @@ static void tile(const Block& block, int64_t first, Ahead& ahead) {
   typename Dot::Sum acc[NB][A];
   for (int b = 0; b < NB; b++)
     for (int i = 0; i < A; i++) acc[b][i] = Dot::start(block, block.from.at(row(i), first + b) + lane(i), i * kLanes);
-  for (int64_t left = block.steps; left > 0; left -= kSteps, x += next_group)
+  for (int64_t left = block.steps; left > 0; left -= kSteps, x += next_group) {
     for (int64_t k = left < kSteps ? left : kSteps; k > 0; k--, x += Dot::kGroup, w += block.lanes_stride) {
       for (int i = 0; i < G && NB < 4; i++) __builtin_prefetch(w + kStepsAhead * block.lanes_stride + i * kRowLanes);
       if constexpr (NB >= 4) ahead.step(NB / 4);
@@ -279,6 +324,11 @@ static void tile(const Block& block, int64_t first, Ahead& ahead) {
         for (int i = 0; i < A; i++) acc[b][i] = Dot::add(acc[b][i], weights[i], step);
       }
     }
+    if constexpr (requires { Dot::carry(acc[0][0]); })
+      if (left <= kSteps || (block.steps - left) / kSteps % 2)  // 32 inputs are done, or all
+        for (int b = 0; b < NB; b++)
+          for (int i = 0; i < A; i++) acc[b][i] = Dot::carry(acc[b][i]);
+  }
   for (int b = 0; b < NB; b++)
     for (int i = 0; i < A; i++)
       Dot::finish(acc[b][i], block, first + b, block.from.at(row(i), first + b) + lane(i),
@@ -328,6 +378,140 @@ static int64_t rows_of(const Matrix& m, const Inputs& in, int64_t first, const S
   return first;
 }
 
+// ---- the same by tile registers: a stream a row of the inputs and of the sums, 16 words of inputs a product ----
+
+#if defined(AUDIOKERNELS_TILES)
+constexpr int kInputTile = kSumTiles, kWeightTile = kSumTiles + 1;  // and two more of weights, in turn
+
+struct BFloat16Tiles {
+  using In = uint16_t;
+  static constexpr int kInputs = 2 * kTileWords;
+  static constexpr bool kTapsApart = false;
+  AK_MEMBER void round(const Streams& in, int64_t rows, In* out) {  // (rows / 32, stream, 32)
+    for (int64_t row = 0; row < rows; row += kInputs)
+      for (int64_t b = 0; b < in.batch; b++, out += kInputs) {
+        const VFloat second = row + kRowLanes < rows ? load(in.at(row + kRowLanes, b)) : VFloat{};
+        store_int(out, round_both(load(in.at(row, b)), second));
+      }
+  }
+  AK_MEMBER Inputs prepare(const Matrix& m, const Streams& past, const Streams& now, int64_t tap, void* out, float*) {
+    In* const rounded = static_cast<In*>(out);
+    for (int64_t t = 0; t + 1 < m.taps; t++) round(past.from(t * m.tap_stride), m.tap_stride, rounded + t * tap);
+    round(now, m.tap_stride, rounded + (m.taps - 1) * tap);
+    return {rounded, nullptr, nullptr};
+  }
+  template <int t, int w>
+  AK_MEMBER void add() {
+    add_bfloat16_product<t, kInputTile, w>();
+  }
+  template <int t>
+  AK_MEMBER void start(const float* from) {
+    load_tile<t>(from, 4 * kRowLanes);
+  }
+  template <int t>
+  AK_MEMBER void finish(const Block& block, int64_t first, int64_t) {
+    store_tile<t>(block.out.at(t * kRowLanes, first), 4 * kRowLanes);
+  }
+};
+
+struct Int8Tiles {
+  using In = uint8_t;
+  static constexpr int kInputs = 4 * kTileWords;
+  static constexpr bool kTapsApart = true;  // each has a scale of its own
+  AK_MEMBER Inputs prepare(const Matrix& m, const Streams& past, const Streams& now, int64_t tap, void* out,
+                           float* scales) {
+    for (int64_t b = 0; b < now.batch; b++)
+      for (int64_t t = 0; t < m.taps; t++)
+        DotInt8::quantize<kInputs>(t + 1 < m.taps ? past.from(t * m.tap_stride) : now, b, m.tap_stride,
+                                   static_cast<int8_t*>(out) + t * tap, scales + b * m.taps + t);
+    return {out, nullptr, scales};
+  }
+  template <int t, int w>
+  AK_MEMBER void add() {
+    add_int8_product<t, kInputTile, w>();
+  }
+  template <int t>
+  AK_MEMBER void start(const float*) {
+    zero_tile<t>();
+  }
+  template <int t>
+  AK_MEMBER void finish(const Block& block, int64_t first, int64_t streams) {
+    constexpr int i = t * kRowLanes;
+    alignas(64) int32_t sums[kTileRows][kTileWords];
+    store_tile<t>(sums, sizeof sums[0]);
+    for (int64_t b = 0; b < streams; b++)
+      DotInt8::finish(load_int(sums[b]) + load_int(block.offset + i), block, first + b, block.from.at(i, first + b),
+                      block.out.at(i, first + b), i);
+  }
+};
+
+// 16 steps of 16 outputs' weights, or the last `steps` and zeros.
+template <int t>
+AK_INLINE void load_weights(const int32_t* w, int64_t stride, int64_t steps) {
+  if (steps >= kTileRows) return load_tile<t>(w, 4 * stride);
+  alignas(64) int32_t padded[kTileRows][kTileWords] = {};
+  for (int64_t k = 0; k < steps; k++) memcpy(padded[k], w + k * stride, sizeof padded[k]);
+  load_tile<t>(padded, sizeof padded[0]);
+}
+
+// G groups of 16 outputs of the streams from `first` on; `block` is of the first tap.
+template <class Tiles, int G>
+static void tile_slice(const Matrix& m, Block block, int64_t tap_inputs, int64_t first, int64_t streams) {
+  const auto* x = static_cast<const typename Tiles::In*>(block.input) + first * Tiles::kInputs;
+  for (; block.tap < m.taps; block.tap++, x += tap_inputs, block.lanes += m.steps * m.rows) {
+    if (Tiles::kTapsApart || block.tap == 0)
+      for_each_tile<G>([&]<int t>(TileCount<t>) { Tiles::template start<t>(block.from.at(t * kRowLanes, first)); });
+    for (int64_t k = 0; k < m.steps; k += kTileRows) {
+      load_tile<kInputTile>(x + k / kTileRows * Tiles::kInputs * block.out.batch, 64);
+      for_each_tile<G>([&]<int t>(TileCount<t>) {
+        constexpr int kWeights = kWeightTile + t % 3;
+        load_weights<kWeights>(block.lanes + k * m.rows + t * kRowLanes, m.rows, m.steps - k);
+        Tiles::template add<t, kWeights>();
+      });
+    }
+    if (Tiles::kTapsApart || block.tap + 1 == m.taps)
+      for_each_tile<G>([&]<int t>(TileCount<t>) { Tiles::template finish<t>(block, first, streams); });
+    if (block.scale) block.scale += m.rows, block.offset += m.rows;
+    block.from = block.out;
+  }
+}
+
+// The streams of a batch go in even passes of at most 16.
+AK_INLINE int64_t passes_of(int64_t batch) { return (batch + kTileRows - 1) / kTileRows; }
+AK_INLINE void set_streams(int64_t streams) { set_rows(kWeightTile, streams); }
+
+template <class Tiles>
+static void multiply_by_tiles(const Workspace& k, const Matrix& m, const Streams& in, const Streams& from,
+                              const Streams& out) {
+  const int64_t batch = out.batch, passes = passes_of(batch);
+  const int64_t tap_inputs = (m.steps + kTileRows - 1) / kTileRows * Tiles::kInputs * batch;
+  const Inputs inputs = Tiles::prepare(m, k.past, in, tap_inputs, k.packed, k.scales);
+  const int groups = int(m.rows / kRowLanes), slices = (groups + kSumTiles - 1) / kSumTiles;
+  for (int64_t pass = 0, first = 0; pass < passes; pass++) {
+    const int64_t streams = batch / passes + (pass < batch % passes);
+    if (batch % passes) set_streams(streams);
+    for (int64_t s = 0, row = 0; s < slices; s++) {
+      const int here = groups / slices + (s < groups % slices);
+      const Block block{reinterpret_cast<const int32_t*>(m.lanes) + row,
+                        m.rows,
+                        m.steps,
+                        inputs.past,
+                        from.from(row),
+                        out.from(row),
+                        0,
+                        m.taps,
+                        m.scale ? m.scale + row : nullptr,
+                        inputs.scale,
+                        m.offset ? m.offset + row : nullptr};
+      with_tiles<kSumTiles>(here,
+                            [&]<int G>(TileCount<G>) { tile_slice<Tiles, G>(m, block, tap_inputs, first, streams); });
+      row += here * kRowLanes;
+    }
+    first += streams;
+  }
+}
+#endif
+
 // ---- a step's products ----
 
 // Read a matrix's place in the pack, and step over it.
@@ -349,20 +533,66 @@ static Matrix read_matrix(int64_t dtype, const uint8_t*& p, int64_t rows, int64_
   return m;
 }
 
-struct Workspace {
-  Streams past;  // the taps before the newest: width - 1 times inputs padded
-  void* packed;  // inputs rounded to the pack type
-  float* scales;
-};
+template <class Dot>
+static void multiply_vectors(const Workspace& k, const Matrix& m, const Streams& in, const Streams& from,
+                             const Streams& out) {
+  const Inputs inputs = Dot::prepare(m, k.past, in, k.packed, k.scales);
+  int64_t first = 0;
+  if constexpr (!requires { Dot::kAlone; }) {
+    first = rows_of<Dot, 3>(m, inputs, 0, from, out);
+    first = rows_of<Dot, 2>(m, inputs, first, from, out);
+    first = rows_of<Dot, 1>(m, inputs, first, from, out);
+  }
+  rows_of<Dot, 0>(m, inputs, first, from, out);
+}
 
 // out = from + matrix * in; streams of one tile share every weight that is read.
 template <class Dot>
 static void multiply(const Workspace& k, const Matrix& m, const Streams& in, const Streams& from, const Streams& out) {
-  const Inputs inputs = Dot::prepare(m, k.past, in, k.packed, k.scales);
-  int64_t first = rows_of<Dot, 3>(m, inputs, 0, from, out);
-  first = rows_of<Dot, 2>(m, inputs, first, from, out);
-  first = rows_of<Dot, 1>(m, inputs, first, from, out);
-  rows_of<Dot, 0>(m, inputs, first, from, out);
+#if defined(AUDIOKERNELS_TILES)
+  if constexpr (requires { Dot::kTapsApart; })
+    multiply_by_tiles<Dot>(k, m, in, from, out);
+  else
+#endif
+    multiply_vectors<Dot>(k, m, in, from, out);
+}
+
+// ---- `run` with what multiplies packs of a type ----
+
+#if defined(AUDIOKERNELS_TILES)
+template <class Run, class Tiles>
+AK_INLINE void run_tiles(int64_t batch, const Run& run, Tiles tiles) {
+  const TileConfig before = begin_tiles();
+  set_streams(batch / passes_of(batch));
+  run(tiles);
+  end_tiles(before);
+}
+#endif
+
+template <class Run>
+AK_INLINE void run_bfloat16(int64_t batch, const Run& run) {
+#if defined(AUDIOKERNELS_TILES)
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | 0x8040);  // subnormals count as zero, as they do in tiles
+  if (batch > 1)
+    run_tiles(batch, run, BFloat16Tiles{});
+  else
+    run(TileOrder{});  // reading is the limit here, and tiles slow the clock down
+  _mm_setcsr(before);
+#else
+  (void)batch;
+  run(DotBFloat16{});
+#endif
+}
+
+// Its sums are exact, by tiles or not.
+template <class Run>
+AK_INLINE void run_int8(int64_t batch, const Run& run) {
+#if defined(AUDIOKERNELS_TILES)
+  if (batch > 2) return run_tiles(batch, run, Int8Tiles{});
+#endif
+  (void)batch;
+  run(DotInt8{});
 }
 
 // One stream's rows, which lie together in `row`.

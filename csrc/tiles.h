@@ -1,6 +1,6 @@
 // Intel's AMX: eight tile registers of 16 rows of 64 bytes each, and products of them (Intel's manual, volume 1,
-// chapter "Programming with Intel AMX"). Here they are always whole: what is shorter is padded with zeros by the
-// caller.
+// chapter "Programming with Intel AMX"). Here rows are always whole: what is shorter is padded with zeros by the
+// caller. Tiles may have fewer of them (set_rows): then so have loads, stores and products, which take less time.
 //
 // A product adds to c (16, 16) the product of a (16, 16) and b (16, 16), all of 32-bit words; a word of a holds a pair
 // of bfloat16, or four int8, that are neighbours along the sum, and so does a word of b.
@@ -63,11 +63,14 @@ AK_INLINE void zero_tile() {
 }
 template <int t>
 AK_INLINE void load_tile(const void* from, int64_t stride) {
-  for (int i = 0; i < kTileRows; i++) memcpy(emulated_tiles[t][i], static_cast<const char*>(from) + i * stride, 64);
+  zero_tile<t>();
+  for (int i = 0; i < emulated_config.bytes[48 + t]; i++)
+    memcpy(emulated_tiles[t][i], static_cast<const char*>(from) + i * stride, 64);
 }
 template <int t>
 AK_INLINE void store_tile(void* to, int64_t stride) {
-  for (int i = 0; i < kTileRows; i++) memcpy(static_cast<char*>(to) + i * stride, emulated_tiles[t][i], 64);
+  for (int i = 0; i < emulated_config.bytes[48 + t]; i++)
+    memcpy(static_cast<char*>(to) + i * stride, emulated_tiles[t][i], 64);
 }
 template <int c, int a, int b>
 AK_INLINE void add_bfloat16_product() {  // the even products of a sum and the odd ones apart, each rounded once
@@ -96,16 +99,20 @@ AK_INLINE void add_int8_product() {
 }
 #endif
 
-// All eight tiles are whole from here on; what is returned ends that. (Not a destructor: see flush_subnormals.)
-AK_INLINE TileConfig begin_tiles() {
-  const TileConfig before = tile_config();
+// Tiles 0 .. count - 1 have `rows` rows from here on, the others 16; all are zero.
+AK_INLINE void set_rows(int count, int64_t rows) {
   TileConfig config{};
   config.bytes[0] = 1;  // the palette
   for (int t = 0; t < 8; t++) {
     config.bytes[16 + 2 * t] = 64;  // bytes of a row
-    config.bytes[48 + t] = kTileRows;
+    config.bytes[48 + t] = t < count ? uint8_t(rows) : kTileRows;
   }
   set_tiles(config);
+}
+// All eight tiles are whole from here on; what is returned ends that. (Not a destructor: see flush_subnormals.)
+AK_INLINE TileConfig begin_tiles() {
+  const TileConfig before = tile_config();
+  set_rows(0, kTileRows);
   return before;
 }
 AK_INLINE void end_tiles(const TileConfig& before) {

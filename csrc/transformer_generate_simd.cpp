@@ -431,12 +431,13 @@ void transformer_run(const TransformerShape& s, const GenerationJob& job) {
   const double channels = double(s.positions == kRotary ? s.headdim() : s.n_embd);
   for (int64_t i = 0; i < angles; i++) k.frequency[i] = ::pow(kRotaryBase, -2.0 * double(i) / channels);
 
-  if (s.dtype == kFloat32 && s.cache == kFloat32) run<DotFloat32, CacheFloat32>(net);
-  if (s.dtype == kFloat32 && s.cache == kBFloat16) run<DotFloat32, CacheBFloat16>(net);
-  if (s.dtype == kBFloat16 && s.cache == kFloat32) run<DotBFloat16, CacheFloat32>(net);
-  if (s.dtype == kBFloat16 && s.cache == kBFloat16) run<DotBFloat16, CacheBFloat16>(net);
-  if (s.dtype == kInt8 && s.cache == kFloat32) run<DotInt8, CacheFloat32>(net);
-  if (s.dtype == kInt8 && s.cache == kBFloat16) run<DotInt8, CacheBFloat16>(net);
+  const auto run_with = [&](auto dot) {
+    using Dot = decltype(dot);
+    s.cache == kFloat32 ? run<Dot, CacheFloat32>(net) : run<Dot, CacheBFloat16>(net);
+  };
+  if (s.dtype == kFloat32) run_with(DotFloat32{});
+  if (s.dtype == kBFloat16) run_bfloat16(job.batch, run_with);
+  if (s.dtype == kInt8) run_with(DotInt8{});  // with tiles it was slower: attention takes most of the time
 }
 
 }  // namespace AUDIOKERNELS_ISA

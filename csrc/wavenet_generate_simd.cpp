@@ -181,10 +181,11 @@ void wavenet_run(const WaveNetShape& s, const GenerationJob& job) {
     }
     if (!s.condition) project_condition(net, b, -1);
   }
-  if (s.dtype == kFloat32) run<DotFloat32>(net);
-  if (s.dtype == kBFloat16) run<DotBFloat16>(net);
-  if (s.dtype == kInt8) run<DotInt8>(net);
-  if (s.dtype == kFloat16) run<DotFloat16>(net);
+  const auto run_with = [&](auto dot) { run<decltype(dot)>(net); };
+  if (s.dtype == kFloat32) run_with(DotFloat32{});
+  if (s.dtype == kBFloat16) run_bfloat16(job.batch, run_with);
+  if (s.dtype == kInt8) run_int8(job.batch, run_with);
+  if (s.dtype == kFloat16) run_with(DotFloat16{});
 }
 
 }  // namespace AUDIOKERNELS_ISA

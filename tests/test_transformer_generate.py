@@ -239,6 +239,21 @@ def test_codes_do_not_depend_on_instruction_set_batch_or_threads(name, dtype):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_of_a_stream_do_not_depend_on_the_batch(name, dtype, isa):
+    """Bit for bit: kernels differ with the number of streams, and tiles take 16 of them at most."""
+    options, sizes = options_of(SHAPES[name])
+    pack = transformer_pack(weights_of(**sizes), **options, dtype=dtype)
+    codes = torch.randint(pack.shape.n_class, (21, 30), generator=torch.Generator().manual_seed(5))
+    with in_use(isa):
+        _, expected = run(pack, 21, 30, codes=codes, return_logits=True)
+        for batch in (1, 2, 3, 16, 17):
+            _, logits = run(pack, batch, 30, codes=codes[:batch], return_logits=True)
+            assert torch.equal(logits, expected[:batch]), batch
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["plain", "logits", "haar", "window over a block"])
 def test_chunks_and_ring_wraps(name, dtype):

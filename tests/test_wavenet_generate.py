@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from instruction_sets import in_use, instruction_sets
 from wavenet_cases import DTYPES, differing_draws, full_logits, pack_of, weights_of
 
 from audiokernels import (
@@ -264,6 +265,40 @@ def test_codes_of_the_standard_model_do_not_depend_on_the_instruction_set(dtype,
     for isa in each_isa[:-1]:
         C.set_isa(isa)
         assert torch.equal(wavenet_generate(pack, wavenet_state(pack, 1), uniforms), expected), isa
+
+
+@compiled
+@pytest.mark.parametrize("isa", instruction_sets("wavenet_generate"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_logits_of_a_stream_do_not_depend_on_the_batch(name, dtype, isa):
+    """Bit for bit: kernels differ with the number of streams, and tiles take 16 of them at most."""
+    dilations, sizes = SHAPES[name]
+    pack = pack_of(dilations, dtype=dtype, **sizes)
+    codes = torch.randint(pack.shape.n_class, (37, 20), generator=torch.Generator().manual_seed(5))
+    with in_use(isa):
+        _, expected = run(pack, 37, 20, codes=codes, return_logits=True)
+        for batch in (1, 2, 3, 7, 16, 17):
+            _, logits = run(pack, batch, 20, codes=codes[:batch], return_logits=True)
+            assert torch.equal(logits, expected[:batch]), batch
+
+
+@compiled
+@pytest.mark.parametrize("isa", instruction_sets("wavenet_generate"))
+def test_subnormal_sums_do_not_depend_on_the_batch(isa):
+    """Products of bfloat16 in tiles count subnormal numbers as zero."""
+    weights, g = weights_of(1, skip=64, head=64), torch.Generator().manual_seed(7)
+    weights["skip_weight"].zero_()
+    weights["skip_bias"] = 1e-19 * torch.rand(1, 64, generator=g)
+    weights["head_weight"] = 1e-19 * torch.randn(64, 64, generator=g)
+    weights["head_bias"] = 1e-38 * torch.rand(64, generator=g)
+    weights["out_bias"].zero_()
+    pack, codes = wavenet_pack(weights, [1], dtype=torch.bfloat16), torch.zeros(5, 8, dtype=torch.uint8)
+    with in_use(isa):
+        _, expected = run(pack, 5, 8, codes=codes, return_logits=True)
+        _, alone = run(pack, 1, 8, codes=codes[:1], return_logits=True)
+    assert 0 < float(expected.abs().max()) < 1e-35
+    assert torch.equal(alone[0], expected[0]) and torch.equal(alone[0], expected[4])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
