@@ -121,12 +121,16 @@ struct FloatPairs : FloatInputs {
 };
 
 struct DotFloat16 : FloatPairs {
+#if defined(__AVX512F__)
+  AK_MEMBER VFloat widen_low(VInt w) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)w)); }
+#else
   // Exponent and mantissa move to their places and 2^112 mends the bias: exact; infinity and NaN are put right.
   AK_MEMBER VFloat widen_low(VInt w) {
     const VInt magnitude = w & splat_int(0x7FFF);
     const VInt endless = (magnitude > splat_int(0x7BFF)) & splat_int(0x7F800000);
     return (VFloat)((VInt)((VFloat)(magnitude << 13) * splat(0x1p112f)) | endless | (w & splat_int(0x8000)) << 16);
   }
+#endif
   AK_MEMBER Weights widen(VInt w) { return {widen_low(w), widen_low(w >> 16)}; }
 };
 
