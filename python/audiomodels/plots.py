@@ -175,4 +175,4 @@ def curves(
         axis.axhline(value, color=GREY, linestyle="--", linewidth=1.2, label=name)
     axis.set(xlabel=unit, ylabel="bits per sample")
     if series or lines:
-        axis.legend(fontsize=7, frameon=False, ncols=2)
+        axis.legend(fontsize=7, frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.14))  # below the axis

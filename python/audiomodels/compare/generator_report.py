@@ -265,7 +265,7 @@ def _mean_text(values: list[float | None]) -> str:
 
 def picture(path: Path, tables: dict[tuple, list[Line]], found: dict[str, Any], protocol: Protocol) -> None:
     """Bits on dev over targets and over seconds, a row of panels for each kind of data."""
-    fig, grid = plots.figure(13, 4.2 * max(1, len(tables)), max(1, len(tables)), 2)
+    fig, grid = plots.figure(13, 5.4 * max(1, len(tables)), max(1, len(tables)), 2)
     for row, ((part, companding), lines) in enumerate(tables.items()):
         what = f"{part}{' (rendered)' if part == 'piano' else ''}, {companding}"
         floor = floor_bits(found, part, companding)
