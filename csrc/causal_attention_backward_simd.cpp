@@ -245,9 +245,9 @@ static void backward_keys(const AttentionBackward& call, int64_t b, int64_t kv_h
         numbers + n,
         call.dq_parts + (at * call.segments + segment) * call.row_floats()};
     for (int64_t query = blocks[0].first_query; query < blocks[count - 1].end_query; query += kRows)
-      for (const Keys& keys : blocks)
-        if (&keys < blocks + count && query + kRows > keys.first_query && query < keys.end_query)
-          backward_tile(call, head, keys, query, scratch);
+      for (int i = 0; i < count; i++)
+        if (query + kRows > blocks[i].first_query && query < blocks[i].end_query)
+          backward_tile(call, head, blocks[i], query, scratch);
   }
   for (int i = 0; i < count; i++) close_keys(call, places[i], blocks[i]);
 }
