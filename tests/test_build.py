@@ -46,9 +46,10 @@ def test_cuda_is_compiled_where_nvcc_is():
 @compiled
 def test_instruction_sets():
     supported = C.supported_isas()
-    best = C.isa()
-    assert supported[0] == "generic" and best in supported
-    assert supported.index(best) >= len(supported) - 2  # of Intel's the last but one, where avx512_bf16 is the last
+    best = supported[-1]
+    if best == "avx512_bf16" and "GenuineIntel" in Path("/proc/cpuinfo").read_text():
+        best = "avx512_vnni"  # whose pairs are slow
+    assert supported[0] == "generic" and C.isa() == best
     with pytest.raises(ValueError, match="name must be an instruction set.*generic.*got 'sse9'"):
         C.set_isa("sse9")
     assert C.isa() == best
