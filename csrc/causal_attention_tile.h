@@ -80,7 +80,7 @@ AK_INLINE VInt lane_numbers() {
 }
 
 // Subnormal numbers count as zero from here on: far keys would slow the sums down a hundred times. And tile registers
-// are set up. What is returned ends that. (Not a destructor: one would bring a weak symbol into the object.)
+// are set up. What is returned ends that.
 struct Modes {
   unsigned numbers;
 #if defined(AUDIOKERNELS_TILES)
@@ -89,10 +89,7 @@ struct Modes {
 };
 AK_INLINE Modes begin_products() {
   Modes before{};
-#if defined(__x86_64__)
-  before.numbers = _mm_getcsr();
-  _mm_setcsr(before.numbers | 0x8040);
-#endif
+  before.numbers = flush_subnormals();
 #if defined(AUDIOKERNELS_TILES)
   before.tiles = begin_tiles();
 #endif
@@ -102,11 +99,7 @@ AK_INLINE void end_products(const Modes& before) {
 #if defined(AUDIOKERNELS_TILES)
   end_tiles(before.tiles);
 #endif
-#if defined(__x86_64__)
-  _mm_setcsr(before.numbers);
-#else
-  (void)before;
-#endif
+  keep_subnormals(before.numbers);
 }
 
 // x = 2^x within 1.2 ulps, 1 at 0; infinity from 128 on, 0 far below, NaN stays NaN. Step by step for all vectors,

@@ -576,13 +576,12 @@ AK_INLINE void run_tiles(int64_t batch, const Run& run, Tiles tiles) {
 template <class Run>
 AK_INLINE void run_bfloat16(int64_t batch, const Run& run) {
 #if defined(AUDIOKERNELS_TILES)
-  const unsigned before = _mm_getcsr();
-  _mm_setcsr(before | 0x8040);  // subnormals count as zero, as they do in tiles
+  const unsigned before = flush_subnormals();  // as tiles do
   if (batch > 1)
     run_tiles(batch, run, BFloat16Tiles{});
   else
     run(TileOrder{});  // reading is the limit here, and tiles slow the clock down
-  _mm_setcsr(before);
+  keep_subnormals(before);
 #else
   (void)batch;
   run(DotBFloat16{});

@@ -129,6 +129,25 @@ AK_INLINE VFloat multiply_add(VFloat a, VFloat b, VFloat c) {
 #endif
 }
 
+// Subnormal numbers count as zero from here on. What is returned ends that. (Not a destructor: one would bring a weak
+// symbol into the object.)
+AK_INLINE unsigned flush_subnormals() {
+#if defined(__x86_64__)
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | 0x8040);
+  return before;
+#else
+  return 0;
+#endif
+}
+AK_INLINE void keep_subnormals(unsigned before) {
+#if defined(__x86_64__)
+  _mm_setcsr(before);
+#else
+  (void)before;
+#endif
+}
+
 // ---- 16-bit floats, as their bits ----
 
 // Intrinsics, because gcc makes a __builtin_convertvector of two halves that it splits and joins.
