@@ -12,7 +12,7 @@ pair of a query and a key that it sees, 10 * headdim backward; memory grows with
 
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,21 @@ lib.define(
 )
 
 
+@overload
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *,
+    scale: float | None = None, window: int | None = None, return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *,
+    scale: float | None = None, window: int | None = None, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, *,
+    scale: float | None = None, window: int | None = None, return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def causal_attention(
     q: Tensor,
     k: Tensor,

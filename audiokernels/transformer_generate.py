@@ -13,6 +13,8 @@ ring of its past inputs. Verma & Chafe, "A generative model for raw audio using 
 channels and a window of 1600, 0.8 MB and 1.6 MB a layer in float32.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -95,6 +97,24 @@ def transformer_position(state: Tensor) -> Tensor:
     return position_of(state)
 
 
+@overload
+def transformer_generate(
+    pack: TransformerPack, state: Tensor, uniforms: Tensor, *,
+    codes: Tensor | None = None, condition: Tensor | None = None, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float | None = None, return_logits: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def transformer_generate(
+    pack: TransformerPack, state: Tensor, uniforms: Tensor, *,
+    codes: Tensor | None = None, condition: Tensor | None = None, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float | None = None, return_logits: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def transformer_generate(
+    pack: TransformerPack, state: Tensor, uniforms: Tensor, *,
+    codes: Tensor | None = None, condition: Tensor | None = None, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float | None = None, return_logits: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def transformer_generate(
     pack: TransformerPack,
     state: Tensor,

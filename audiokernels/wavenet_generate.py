@@ -10,6 +10,8 @@ that of Le Paine et al., "Fast WaveNet generation algorithm" (arXiv 1611.09482):
 O(2^layers). The cost of a sample is reading the weights once (3.5 MB in float32 at 20 layers of 64 channels).
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -70,6 +72,24 @@ def wavenet_position(state: Tensor) -> Tensor:
     return position_of(state)
 
 
+@overload
+def wavenet_generate(
+    pack: WaveNetPack, state: Tensor, uniforms: Tensor, *,
+    codes: Tensor | None = None, condition: Tensor | None = None, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float | None = None, return_logits: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def wavenet_generate(
+    pack: WaveNetPack, state: Tensor, uniforms: Tensor, *,
+    codes: Tensor | None = None, condition: Tensor | None = None, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float | None = None, return_logits: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def wavenet_generate(
+    pack: WaveNetPack, state: Tensor, uniforms: Tensor, *,
+    codes: Tensor | None = None, condition: Tensor | None = None, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float | None = None, return_logits: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def wavenet_generate(
     pack: WaveNetPack,
     state: Tensor,

@@ -405,6 +405,7 @@ def no_function_over_8_parameters(files):
     ("x.py: has no docstring", {f"{OPS}x.py": "import torch"}),
     ("f has no docstring", {f"{MODELS}x.py": '"""Doc."""\ndef f() -> None: pass'}),
     ("C has no docstring", {f"{MODELS}x.py": '"""Doc."""\nclass C: pass'}),
+    ("", {f"{MODELS}x.py": '"""Doc."""\n@overload\ndef f() -> None: ...\ndef f() -> None:\n    """Doc."""'}),
     ("g must say the type of y", {f"{MODELS}x.py": '"""Doc."""\ndef g(x: int, y) -> int:\n    """Doc."""'}),
     ("m must say what it returns", {f"{MODELS}x.py": '"""D."""\nclass C:\n    """D."""\n    def m(self): pass'}),
     (
@@ -427,7 +428,7 @@ def public_names_have_docstrings_and_type_hints(files):
                 continue
             if node.name not in names and (names or path.startswith(OPS)):
                 continue
-            if not ast.get_docstring(node):
+            if not ast.get_docstring(node) and "overload" not in map(dotted, node.decorator_list):
                 yield f"{path}:{node.lineno}: {node.name} has no docstring"
             members = [node] if isinstance(node, ast.FunctionDef) else node.body
             for function in (m for m in members if isinstance(m, ast.FunctionDef)):
