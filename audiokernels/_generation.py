@@ -47,8 +47,9 @@ def check_generation(room, pack, floats, state, uniforms, codes, condition) -> N
     n_class, condition (channels), hop and pack_bytes().
     """
     shape, device = pack.shape, pack.data.device
-    if pack.data.dtype != torch.uint8 or tuple(pack.data.shape) != (shape.pack_bytes(),):
-        came = f"{pack.data.dtype} of shape {tuple(pack.data.shape)}"
+    data = pack.data
+    if data.dtype != torch.uint8 or tuple(data.shape) != (shape.pack_bytes(),) or not data.is_contiguous():
+        came = f"{data.dtype} of shape {tuple(data.shape)} and strides {data.stride()}"
         raise ValueError(f"pack must hold {shape.pack_bytes()} bytes as {room}_pack made them, got {came}")
     tensors = {"state": state, "uniforms": uniforms, "codes": codes, "condition": condition}
     for name, tensor in tensors.items():

@@ -172,6 +172,10 @@ class TransformerPack:
         return TransformerPack(self.data, replace(self.shape, cache_dtype=dtype))
 
 
+# torch.load reads them: unpickling runs nothing of theirs, and every op checks the shape and how many bytes there are
+torch.serialization.add_safe_globals([TransformerPack, TransformerShape])
+
+
 def transformer_pack(
     weights: Mapping[str, Tensor],
     *,
