@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from audiokernels._triton import Launch
+from audiokernels._triton import Launch, is_wide, strides
 from audiokernels.causal_attention import causal_attention_backward_ref, output_like
 from audiokernels.causal_attention_plan import (
     REFERENCE,
@@ -27,16 +27,15 @@ from audiokernels.causal_attention_plan import (
     device_facts,
 )
 from audiokernels.causal_attention_triton import (
+    LARGEST_TILE,
     LOG2_E,
     finite,
     interpreted,
-    is_wide,
     launch_options,
     load_tile,
     row_offset,
     seen_keys,
     store_tile,
-    strides,
 )
 
 INF: tl.constexpr = tl.constexpr(float("inf"))
@@ -262,7 +261,7 @@ def backward_launches(
         common.update(strides(prefix, x))
     common.update(nheads=nheads, group=nheads // nheads_kv, seqlen_q=seqlen_q, seqlen_k=seqlen_k, window=plan.window)
     common.update(scale=scale, scale_log2=scale * LOG2_E)
-    wide = is_wide(q, k, v, grad_out, out, dq, dk, dv)
+    wide = is_wide(*LARGEST_TILE, q, k, v, grad_out, out, dq, dk, dv)
     row_sums = Launch(
         delta_kernel,
         (triton.cdiv(seqlen_q, 64) * batch * nheads,),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from audiokernels._triton import Launch
+from audiokernels._triton import Launch, strides
 from audiokernels.causal_attention import output_like
 from audiokernels.causal_attention_decode import causal_attention_decode_ref, kv_cache_update_ref
 from audiokernels.causal_attention_plan import (
@@ -30,7 +30,6 @@ from audiokernels.causal_attention_triton import (
     interpreted,
     online_softmax,
     row_offset,
-    strides,
 )
 
 

@@ -22,11 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from audiokernels._triton import Launch
+from audiokernels._triton import Launch, is_wide, strides
 from audiokernels.causal_attention import causal_attention_ref, lse_like, output_like
 from audiokernels.causal_attention_plan import REFERENCE, SM90, Plan, Tile, plan_of
 
 LOG2_E = 1.4426950408889634
+LARGEST_TILE = (256, 256)
+"""Rows and columns."""
 
 # Four times 2^x for x in [-100, 128], two of eight elements by range reduction in float32 and a cubic in bfloat16, the
 # others by the exponential unit: at headdim 16 that unit is the bottleneck. The exponent is added to the bits of a
@@ -315,16 +317,6 @@ def forward_kernel(
 # ---- launching
 
 
-def strides(prefix: str, x: Tensor) -> dict[str, int]:
-    """x's strides as arguments of a kernel."""
-    return dict(zip((f"{prefix}_batch", f"{prefix}_head", f"{prefix}_row", f"{prefix}_dim"), x.stride(), strict=True))
-
-
-def is_wide(*tensors: Tensor) -> bool:
-    """Whether a tile of up to 256 rows and 256 columns of one of them may span 2^31 elements."""
-    return any(256 * (x.stride(2) + x.stride(3)) >= 1 << 31 for x in tensors)
-
-
 def interpreted() -> bool:
     """Triton's interpreter knows neither inline assembly nor the split precisions: kernels do without them there."""
     return triton.knobs.runtime.interpret
@@ -355,7 +347,7 @@ def forward_launch(plan: Plan, q: Tensor, k: Tensor, v: Tensor, results: tuple[T
         "POLYNOMIAL": tile.polynomial and not interpreted(),
         "ONES": tile.ones,
         "PRECISION": "ieee" if interpreted() else plan.precision,
-        "WIDE": is_wide(q, k, v, out),
+        "WIDE": is_wide(*LARGEST_TILE, q, k, v, out),
         "REDO": 32 if plan.headdim < 128 else 16,
     }
     grid = (triton.cdiv(seqlen_q, tile.block_m) * batch * nheads,)

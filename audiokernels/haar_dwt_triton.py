@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from audiokernels._triton import Launch
+from audiokernels._triton import Launch, strides
 from audiokernels.haar_dwt import haar_dwt_ref, haar_idwt_ref
 from audiokernels.haar_pool import refused_by_triton
-from audiokernels.haar_tiles import BLOCK_C, inner_first, place, strides
+from audiokernels.haar_tiles import BLOCK_C, inner_first, place
 
 LOG_TILE = 8
 LOG_INNER = 3

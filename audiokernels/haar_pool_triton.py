@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from audiokernels._triton import Launch
+from audiokernels._triton import Launch, is_wide, strides
 from audiokernels.haar_pool import haar_pool__ref, haar_pool_ref, refused_by_triton
 from audiokernels.haar_pool_update import haar_pool_update_ref, state_slots
 from audiokernels.haar_tiles import (
@@ -27,14 +27,12 @@ from audiokernels.haar_tiles import (
     encoded,
     first_channel,
     inner_first,
-    is_wide,
     level_of,
     levels_of,
     log2_tile,
     pair_sums,
     parts,
     place,
-    strides,
     twice,
 )
 
@@ -349,7 +347,7 @@ def pool_launches(
     block = min(BLOCK, triton.next_power_of_2(dim))
     sums = x.new_empty((batch, tiles, end - begin), dtype=torch.float32)
     sizes = {"seqlen": seqlen, "dim": dim, "tiles": tiles, "long_first": begin, "long_count": end - begin}
-    wide = is_wide(1 << log_tile, x, out)
+    wide = is_wide(1 << log_tile, dim, x, out)  # tiles count from channel 0
     shared = {"x": x, "sums": sums, "runs": encoded(runs), **strides("x", x), **sizes}
     launches = []
     if far:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 MAX_RUNS = 16
 WHOLE = 63
@@ -45,16 +44,6 @@ def encoded(runs: list[tuple[int, int, int]]) -> tuple[int, ...]:
     codes = [(level if level >= 0 else WHOLE, first) for level, first, _ in runs]
     codes += [(0, 1 << 50)] * (MAX_RUNS - len(codes))  # of no channel
     return tuple(1 << 60 | first << 8 | level << 1 | 1 for level, first in codes)
-
-
-def strides(prefix: str, x: Tensor) -> dict[str, int]:
-    """x's strides as arguments of a kernel."""
-    return dict(zip((f"{prefix}_batch", f"{prefix}_row", f"{prefix}_dim"), x.stride(), strict=True))
-
-
-def is_wide(rows: int, *tensors: Tensor) -> bool:
-    """Whether `rows` rows of one of them, all its channels long, may span 2^31 elements: tiles count from channel 0."""
-    return any(rows * x.stride(1) + x.shape[2] * x.stride(2) >= 1 << 31 for x in tensors)
 
 
 def log2_tile(seqlen: int, largest: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from audiokernels import causal_attention_backward_triton as backward_room
 from audiokernels import causal_attention_decode_triton as decode_room
 from audiokernels import causal_attention_triton as room
+from audiokernels._triton import is_wide
 from audiokernels.causal_attention import causal_attention_backward_ref, causal_attention_ref, lse_like, output_like
 from audiokernels.causal_attention_decode import kv_cache_update_ref
 from audiokernels.causal_attention_plan import Device, causal_attention_decode_plan, causal_attention_plan
@@ -201,7 +202,7 @@ def test_offsets_are_wide_where_a_tile_spans_2_to_the_31():
         (1, 1, 8 * (1 << 20) - 8, 1 << 20): True,  # neither a row nor a column alone
     }.items():
         x = torch.empty_strided((1, 1, 256, 128), strides, device="meta")
-        assert room.is_wide(x) == wide, strides
+        assert is_wide(*room.LARGEST_TILE, x) == wide, strides
 
 
 def test_the_op_itself():
