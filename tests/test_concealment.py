@@ -180,6 +180,16 @@ def test_lost_packets_of_the_command(call, folder):
     assert packets.sum() > 4 and not packets[0]
 
 
+def test_a_picture_of_the_same_name_is_kept(call, folder):
+    (folder / "kept.png").write_bytes(b"a photograph")
+    words = ["conceal", folder / "tone.wav", "--gaps", "0.1:0.01", "--model", folder / "model"]
+    words += ["-o", folder / "kept.wav"]
+    code, _, err = call(*words)
+    assert code == 2 and "kept.png is there already" in err and not (folder / "kept.wav").exists()
+    (folder / "kept.png").unlink()
+    assert [call(*words)[0] for _ in range(2)] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

@@ -447,6 +447,15 @@ def test_cut_refuses(fraction):
         counting(10).cut(fraction)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "fraction", "text"),
+    [((1,), 0.8, "r0: too short, nothing is left to test on"), ((1, 2), 0.1, "2 recordings: .* left to train on")],
+)
+def test_cut_refuses_what_has_one_side_alone(lengths, fraction, text):
+    with pytest.raises(ValueError, match=text):
+        counting(*lengths).cut(fraction)
+
+
 def test_cut_refuses_a_local_condition():
     one = Recording("a", torch.zeros(10, dtype=torch.uint8), "a", condition=torch.zeros(2, 3))
     with pytest.raises(ValueError, match="without a local condition"):

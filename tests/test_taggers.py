@@ -108,6 +108,24 @@ def test_spectrogram(call, tmp_path):
     assert code == 2 and "missing.wav: No such file" in err
 
 
+def test_a_picture_that_nobody_named_replaces_only_its_like(call, model, tmp_path, monkeypatch):
+    """holiday.wav may lie beside holiday.png, a photograph."""
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        write_audio(tmp_path / f"{name}.wav", tone(1, 0.2, RATE), RATE)
+    tag, draw = ["tag", "b.wav", "--model", model], ["spectrogram", "a.wav", "b.wav", "--kinds", "waveform"]
+    for words, picture in ((tag, tmp_path / "b_tags.png"), (draw, tmp_path / "b.png")):
+        picture.write_bytes(b"a photograph")
+        code, out, err = call(*words)
+        assert code == 2 and f"{picture.name} is there already, and not a picture that audiokernels made" in err
+        assert out == "" and picture.read_bytes() == b"a photograph"
+        picture.unlink()
+        assert call(*words)[0] == 0 and is_picture(picture) and call(*words)[0] == 0
+    assert (tmp_path / "a.png").exists()
+    (tmp_path / "named.png").write_bytes(b"a picture")
+    assert call(*tag, "-o", "named.png")[0] == 0 and is_picture(tmp_path / "named.png")
+
+
 def test_plot_filters(call, model, tmp_path):
     other = tmp_path / "pitch" / "model"
     torch.manual_seed(1)

@@ -102,7 +102,8 @@ class Recordings(Sequence):
 
     def cut(self, fraction: float) -> tuple[Recordings, Recordings]:
         """(head, tail): each recording's first `fraction` of time, and the rest. For a data set of one recording, which
-        cannot be split by group. A side that would be empty is left out."""
+        cannot be split by group. Of a recording too short for both, one side is left out; ValueError where no recording
+        is long enough for one of them."""
         if not 0 < fraction < 1:
             raise ValueError(f"fraction must lie between 0 and 1; got {fraction}")
         if any(recording.condition is not None for recording in self):
@@ -113,6 +114,10 @@ class Recordings(Sequence):
             for side, codes in ((head, recording.codes[:border]), (tail, recording.codes[border:])):
                 if len(codes):
                     side.append(replace(recording, codes=codes))
+        for side, use in ((head, "train"), (tail, "test")):
+            if not side:
+                what = self[0].name if len(self) == 1 else f"{len(self)} recordings"
+                raise ValueError(f"{what}: too short, nothing is left to {use} on")
         return self._like(head), self._like(tail)
 
     def _like(self, recordings: Iterable[Recording]) -> Recordings:

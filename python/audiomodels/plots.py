@@ -5,6 +5,7 @@ matplotlib's Agg canvas is used without pyplot: no window system, no global stat
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from audiomodels._optional import require
 Axes = Figure = GridSpec = SubplotSpec = AxesImage = Any  # matplotlib's classes, which importing this does not import
 
 BLUE, ORANGE, GREY = "#2a6fb0", "#d9772b", "#9aa4ad"
+MAKER = "audiokernels"  # of pictures, in their files
 FLOOR_DB = -80.0  # of a spectrogram, below its loudest point
 
 
@@ -36,6 +38,18 @@ def add(fig: Figure, place: SubplotSpec, title: str) -> Axes:
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
     return axis
+
+
+def save(fig: Figure, path: Path) -> None:
+    """Write the figure, into a folder that is made if need be. A PNG says that it was made here: see `is_ours`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path, metadata={"Software": MAKER} if path.suffix.lower() == ".png" else None)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a PNG that `save` wrote, which the same command may write anew."""
+    with path.open("rb") as file:
+        return b"Software\0" + MAKER.encode() in file.read(1024)
 
 
 def waveform(axis: Axes, audio: Tensor, sample_rate: int, *, color: str = BLUE) -> None:

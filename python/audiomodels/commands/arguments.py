@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+from audiomodels import plots
 from audiomodels._optional import require
 
 tyro = require("tyro")
@@ -37,6 +38,13 @@ def check_not_read(out: Path, *read: Path | None) -> None:
 def check_picture_file(out: Path) -> None:
     """The same of a picture."""
     _check_file(out, (".png", ".pdf", ".svg"))
+
+
+def check_unnamed_picture(out: Path) -> None:
+    """The same of a picture whose name the user did not give: it replaces nothing but a picture that was made here."""
+    check_picture_file(out)
+    if out.exists() and not plots.is_ours(out):
+        raise ValueError(f"{out} is there already, and not a picture that audiokernels made: move it, or change --out")
 
 
 def _check_file(out: Path, suffixes: tuple[str, ...]) -> None:

@@ -28,6 +28,7 @@ from audiomodels.commands.arguments import (
     check_picture_file,
     check_seconds,
     check_sound_file,
+    check_unnamed_picture,
 )
 from audiomodels.compare import bootstrap, predictors, score
 from audiomodels.compare.generators import CompareConfig, Comparison, reproduce
@@ -207,6 +208,8 @@ class Conceal:
             if not (0 if name == "fade_ms" else 0.1) <= getattr(self, name) <= 10_000:
                 raise ValueError(f"--{name.replace('_', '-')} is out of range, got {getattr(self, name):g}")
         check_sound_file(self.out, self.file)
+        picture = self.out.with_suffix(".png")
+        check_unnamed_picture(picture)
         model = unconditional(self.model)
         audio, rate = read_audio(self.file, sample_rate=model.config.sample_rate)
         packet, fade = max(1, round(self.packet_ms * rate / 1000)), round(self.fade_ms * rate / 1000)
@@ -238,8 +241,7 @@ class Conceal:
             return
         measures = {name: concealment.measure(audio, sound, gaps, rate) for name, sound in filled.items()}
         print(concealment.table(measures))
-        picture = self.out.with_suffix(".png")
-        concealment.picture(audio, filled, measures, gaps, rate).savefig(picture)
+        plots.save(concealment.picture(audio, filled, measures, gaps, rate), picture)
         print(picture)
 
 
@@ -262,8 +264,7 @@ class PlotAttention:
         lags = attention_lags.attention_lags(model, codes)
         print(attention_lags.table(lags))
         print(f"mean over {len(codes) - config.n_layer * (config.window - 1):,} samples")
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        attention_lags.picture(lags, f"{self.model.name} on {self.file.name}").savefig(self.out)
+        plots.save(attention_lags.picture(lags, f"{self.model.name} on {self.file.name}"), self.out)
         print(self.out)
 
 
@@ -369,8 +370,6 @@ def splits(source: Path, config: Any, split: str, part: str | None) -> tuple[Rec
         return Recordings.load(source, **kind, split="train"), held_out, split
     except ValueError:  # no such splits, or a problem that the next line meets too
         head, tail = Recordings.load(source, **kind).cut(0.8)
-        if not tail.seconds:
-            raise ValueError(f"{source}: too short, nothing is left to test on") from None
         return head, tail, "the last 20 % of each recording"
 
 

@@ -15,7 +15,14 @@ from audiomodels._optional import require
 from audiomodels.audio import read_audio
 from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
 from audiomodels.cnn import CNN, CNNConfig
-from audiomodels.commands.arguments import AudioFile, Data, OutFolder, check_folder, check_picture_file
+from audiomodels.commands.arguments import (
+    AudioFile,
+    Data,
+    OutFolder,
+    check_folder,
+    check_picture_file,
+    check_unnamed_picture,
+)
 from audiomodels.compare.taggers import CompareTaggersConfig, TaggerComparison
 from audiomodels.data import clips, rows_of
 from audiomodels.registry import load
@@ -127,7 +134,7 @@ class Tag:
         if self.top < 1:
             raise ValueError(f"--top must be at least 1, got {self.top}")
         path = self.out or Path(f"{self.file.stem}_tags.png")
-        check_picture_file(path)
+        (check_picture_file if self.out else check_unnamed_picture)(path)
         model = load(self.model, TAGGERS)
         config = model.config
         audio, rate = read_audio(self.file, sample_rate=config.sample_rate)
@@ -150,8 +157,7 @@ class Tag:
         axis.set_yticks(range(len(best)), [names[i] for i in best])
         axis.set(xlabel="seconds", xlim=(0, seconds))
         fig.colorbar(image, ax=axis, pad=0.01)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(path)
+        plots.save(fig, path)
         print(path)
 
 
@@ -160,7 +166,7 @@ class Spectrogram:
     """Draw audio files: waveform, spectrogram, log-frequency, mel, constant-Q; a picture for each file."""
 
     files: Files  # audio files
-    out: OutFolder = Path(".")  # where FILE's picture, of the same name with .png, is written
+    out: OutFolder = Path(".")  # where FILE's picture, of the same name with .png, is written; it replaces only such
     kinds: tuple[Literal["waveform", "spectrogram", "log-frequency", "mel", "constant-Q"], ...] = plots.KINDS  # rows
 
     def run(self) -> None:
@@ -170,14 +176,15 @@ class Spectrogram:
         if len(set(pictures)) < len(pictures):
             raise ValueError("FILE... must have different names, so that each has a picture of its own")
         check_folder(self.out)
+        for picture in pictures:
+            check_unnamed_picture(picture)
         for file, picture in zip(self.files, pictures, strict=True):
             audio, rate = read_audio(file)
             fig, grid = plots.figure(11, 2.3 * len(self.kinds), len(self.kinds), 1)
             for row, kind in enumerate(self.kinds):
                 title = f"{file.name}, {len(audio) / rate:.1f} s at {rate:,} Hz: {kind}" if row == 0 else kind
                 plots.sound(plots.add(fig, grid[row, 0], title), kind, audio, rate)
-            self.out.mkdir(parents=True, exist_ok=True)
-            fig.savefig(picture)
+            plots.save(fig, picture)
             print(picture)
 
 
