@@ -13,10 +13,11 @@ def check_dense(name: str, tensor: Tensor, ndim: int) -> None:
     """Raise TypeError or ValueError unless it is a strided tensor of `ndim` dimensions."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        came = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {came}")
     if tensor.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -57,6 +58,12 @@ def check_not_expanded(name: str, tensor: Tensor) -> None:
     """Raise ValueError if elements share memory: what is written in place must have its own."""
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         raise ValueError(f"{name} must not be an expanded view, got strides {tensor.stride()}")
+
+
+def mark_written(*tensors: Tensor) -> None:
+    """Tell autograd of writes in place, as torch's own ops do: what has saved one of them refuses to go backward."""
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():  # the compiler knows the first only
+        torch.autograd.graph.increment_version(tensors)
 
 
 def refuse_grad(op: str, **tensors: Tensor | None) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from audiokernels._checks import check_not_expanded, check_whole
+from audiokernels._packing import check_bytes
 
 HEADER = 16
 POSITION_BASE = 1 << 20
@@ -46,11 +47,9 @@ def check_generation(room, pack, floats, state, uniforms, codes, condition) -> N
     Looks at no tensor's values, and so does not wait for a GPU. floats: numbers of a row of state. The pack's shape has
     n_class, condition (channels), hop and pack_bytes().
     """
-    shape, device = pack.shape, pack.data.device
-    data = pack.data
-    if data.dtype != torch.uint8 or tuple(data.shape) != (shape.pack_bytes(),) or not data.is_contiguous():
-        came = f"{data.dtype} of shape {tuple(data.shape)} and strides {data.stride()}"
-        raise ValueError(f"pack must hold {shape.pack_bytes()} bytes as {room}_pack made them, got {came}")
+    shape = pack.shape
+    check_bytes("pack", pack.data, shape.pack_bytes(), room)
+    device = pack.data.device
     tensors = {"state": state, "uniforms": uniforms, "codes": codes, "condition": condition}
     for name, tensor in tensors.items():
         if tensor is None and name in ("codes", "condition"):

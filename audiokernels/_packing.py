@@ -49,6 +49,15 @@ def check_weights(weights: Mapping[str, Tensor], expected: dict[str, tuple[int, 
         raise ValueError(f"weights must lie on one device, got {sorted(map(str, devices))}")
 
 
+def check_bytes(name: str, data: Tensor, expected: int, room: str) -> None:
+    """Raise TypeError or ValueError unless data is what <room>_pack makes: so many bytes, side by side."""
+    if not isinstance(data, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(data).__name__}")
+    if data.dtype != torch.uint8 or tuple(data.shape) != (expected,) or not data.is_contiguous():
+        came = f"{data.dtype} of shape {tuple(data.shape)} and strides {data.stride()}"
+        raise ValueError(f"{name} must hold {expected} bytes as {room}_pack made them, got {came}")
+
+
 def matrix_bytes(dtype: torch.dtype, rows: int, taps: int, inputs: int) -> int:
     """Bytes of a matrix of `rows` (a multiple of 16) outputs."""
     group = GROUP[dtype]

@@ -49,7 +49,7 @@ def explain(op: str | Callable, *args, **kwargs) -> Explanation:
     """
     name = _known(op)
     try:
-        inspect.signature(_describers[name]).bind(*args, **kwargs)
+        inspect.signature(getattr(sys.modules[_describers[name].__module__], name)).bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(f"explain({name}, ...): {error}") from None
     answer = _describers[name](*args, **kwargs)

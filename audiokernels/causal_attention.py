@@ -10,6 +10,7 @@ tiles with a running maximum, Dao et al., "FlashAttention" (2205.14135, 2307.086
 pair of a query and a key that it sees, 10 * headdim backward; memory grows with the length, not with its square.
 """
 
+import numbers
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Literal, NamedTuple, overload
@@ -17,7 +18,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from audiokernels._checks import check_dense, check_device, check_floating, refuse_tangents
+from audiokernels._checks import check_dense, check_device, check_floating, is_size, refuse_tangents
 from audiokernels._library import C, lib, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.causal_attention_plan import causal_attention_backward_plan, device_facts, plan_of
@@ -69,7 +70,7 @@ def causal_attention(
         k: (batch, nheads_kv, seqlen_k, headdim), dtype of q; nheads is a multiple of nheads_kv: query head h reads
             head h // (nheads // nheads_kv). seqlen_q <= seqlen_k, aligned at the end.
         v: shape and dtype of k.
-        scale: of the logits, headdim ** -0.5 by default.
+        scale: of the logits, headdim ** -0.5 by default. A number: has no gradient.
         window: >= 1: a query sees itself and the window - 1 keys before it. None: all before it.
         return_lse: also return the logarithm of the softmax's denominator.
 
@@ -83,6 +84,8 @@ def causal_attention(
         NotImplementedError: q, k or v has a tangent: there is no forward-mode derivative.
     """
     refuse_tangents("causal_attention", q=q, k=k, v=v)
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
+        raise TypeError("scale must be a number, got a tensor that requires grad: multiply q by it and pass scale=1.0")
     try:
         out, lse = _op(q, k, v, scale=scale, window=window)
     except (RuntimeError, TypeError, ValueError, OverflowError):
@@ -317,12 +320,12 @@ def check_heads(nheads: int, nheads_kv: int, name: str) -> None:
 def check_options(scale: float | None, window: int | None) -> None:
     """What scale and window may be."""
     if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        if isinstance(scale, bool) or not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"scale must be a number or None, got {type(scale).__name__}")
         if not -float("inf") < scale < float("inf"):
             raise ValueError(f"scale must be finite, got {scale}")
     if window is not None:
-        if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
+        if not is_size(window):
             raise TypeError(f"window must be an integer or None, got {type(window).__name__}")
         if not 1 <= window < 1 << 63:
             raise ValueError(f"window must be >= 1 (and below 2^63), got {window}")

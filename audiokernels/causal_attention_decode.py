@@ -14,7 +14,7 @@ for every pair of a query and a key that it sees.
 import torch
 from torch import Tensor
 
-from audiokernels._checks import check_not_expanded, refuse_grad
+from audiokernels._checks import check_not_expanded, mark_written, refuse_grad
 from audiokernels._library import lib, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.causal_attention import (
@@ -63,6 +63,7 @@ def kv_cache_update(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cach
     except (RuntimeError, TypeError, ValueError, OverflowError):
         check_update(k_cache, v_cache, k, v, cache_seqlens)
         raise
+    mark_written(k_cache, v_cache)
 
 
 def kv_cache_update_ref(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor) -> None:

@@ -10,7 +10,15 @@ the weights once and costs 2 * batch * dim_out * dim_in * width operations, what
 import torch
 from torch import Tensor
 
-from audiokernels._checks import check_dense, check_device, check_floating, check_not_expanded, refuse_grad
+from audiokernels._checks import (
+    check_dense,
+    check_device,
+    check_floating,
+    check_not_expanded,
+    is_size,
+    mark_written,
+    refuse_grad,
+)
 from audiokernels._library import C, lib
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 
@@ -47,10 +55,12 @@ def dilated_conv_update(
     if torch.is_grad_enabled():
         refuse_grad("dilated_conv_update", x=x, conv_state=conv_state, weight=weight, bias=bias)
     try:
-        return _op(x, conv_state, weight, bias, position, dilation=dilation)
+        out = _op(x, conv_state, weight, bias, position, dilation=dilation)
     except (RuntimeError, TypeError, ValueError, OverflowError):
         _check(x, conv_state, weight, bias, position, dilation)
         raise
+    mark_written(conv_state)
+    return out
 
 
 def dilated_conv_update_ref(
@@ -87,7 +97,7 @@ def _check(x, conv_state, weight, bias, position, dilation) -> None:
         if tensor.dtype != expected:
             what = "int32" if name == "position" else f"{expected}, the dtype of x"
             raise TypeError(f"{name} must be {what}, got {tensor.dtype}")
-    if isinstance(dilation, bool) or not isinstance(dilation, (int, torch.SymInt)):
+    if not is_size(dilation):
         raise TypeError(f"dilation must be an integer, got {type(dilation).__name__}")
     if not 1 <= dilation < 1 << 62:
         raise ValueError(f"dilation must be >= 1 (and below 2^62), got {dilation}")

@@ -70,6 +70,8 @@ def level_runs(levels: Sequence[int] | Tensor | None, dim: int, seqlen: int | No
     if isinstance(levels, Tensor):
         if levels.ndim != 1 or levels.is_floating_point() or levels.is_complex() or levels.dtype == torch.bool:
             raise TypeError(f"levels must be integers (dim,), got {levels.dtype} of shape {tuple(levels.shape)}")
+        if torch.compiler.is_compiling():
+            raise TypeError("levels must be a sequence of integers where torch.compile is to know them, got a tensor")
         levels = levels.tolist()
     if isinstance(levels, (str, bytes)) or not isinstance(levels, Sequence):
         raise TypeError(f"levels must be a sequence of integers, a tensor of them or None, got {type(levels).__name__}")

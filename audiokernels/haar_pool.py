@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from audiokernels._checks import check_dense, check_floating, check_not_expanded, refuse_tangents
+from audiokernels._checks import check_dense, check_floating, check_not_expanded, mark_written, refuse_tangents
 from audiokernels._gpu import device_facts
 from audiokernels._library import C, lib, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
@@ -76,6 +76,7 @@ def haar_pool_(
     runs = level_runs(levels, x.shape[2], x.shape[1])
     _check_(x, runs)
     _inplace_op(x, runs, causal=causal, count=count)
+    mark_written(x)
     return x
 
 

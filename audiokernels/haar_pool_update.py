@@ -21,7 +21,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from audiokernels._checks import FLOATS, check_device, check_not_expanded, check_whole, refuse_grad
+from audiokernels._checks import (
+    FLOATS,
+    check_dense,
+    check_device,
+    check_not_expanded,
+    check_whole,
+    is_size,
+    mark_written,
+    refuse_grad,
+)
 from audiokernels._library import lib, triton_launcher
 from audiokernels.backends import Explanation, describe
 from audiokernels.haar_levels import check_runs, level_runs
@@ -93,10 +102,12 @@ def haar_pool_update(
     if torch.is_grad_enabled():
         refuse_grad("haar_pool_update", x=x, state=state)
     try:
-        return _op(x, state, position, runs, count=count, seqlen=seqlen)
+        out = _op(x, state, position, runs, count=count, seqlen=seqlen)
     except (RuntimeError, TypeError, ValueError, OverflowError):
         _check(x, state, position, runs, count=count, seqlen=seqlen)
         raise
+    mark_written(state)
+    return out
 
 
 def haar_pool_update_ref(
@@ -158,8 +169,7 @@ def _check(x, state, position, runs, *, count=False, seqlen=0) -> None:
     check_input(x, 2)
     check_runs(runs, x.shape[1])
     check_input(state, 2, "state")
-    if not isinstance(position, Tensor):
-        raise TypeError(f"position must be a tensor, got {type(position).__name__}")
+    check_dense("position", position, 1)
     if position.dtype != torch.int32:
         raise TypeError(f"position must be int32, got {position.dtype}")
     for name, tensor in (("state", state), ("position", position)):
@@ -175,7 +185,7 @@ def _check(x, state, position, runs, *, count=False, seqlen=0) -> None:
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have shape {rule} = {shape}, got {tuple(tensor.shape)}")
     check_not_expanded("state", state)
-    if isinstance(seqlen, bool) or not isinstance(seqlen, (int, torch.SymInt)):
+    if not is_size(seqlen):
         raise TypeError(f"seqlen must be an integer or None, got {type(seqlen).__name__}")
     if seqlen < 0:
         raise ValueError(f"seqlen must be >= 0, got {seqlen}")

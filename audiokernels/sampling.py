@@ -49,8 +49,8 @@ class Sampling:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.top_k is not None and not is_whole(self.top_k):
             raise TypeError(f"top_k must be an integer, got {type(self.top_k).__name__}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be >= 1, got {self.top_k}")
+        if self.top_k is not None and not 1 <= self.top_k < 1 << 63:
+            raise ValueError(f"top_k must be {'>= 1' if self.top_k < 1 else 'below 2^63'}, got {self.top_k}")
 
     def weights(self, logits: Tensor) -> Tensor:
         """Probabilities times a number: logits (batch, n_class) -> float32 of that shape, 0 for classes left out."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from audiokernels._checks import refuse_grad
+from audiokernels._checks import mark_written, refuse_grad
 from audiokernels._generation import (
     HEADER,
     check_frames,
@@ -165,15 +165,21 @@ def transformer_generate(
         Sampling(temperature, top_k, top_p)
         check_call(pack, state, uniforms, codes, condition)
         raise
+    mark_written(state)
     return (out, logits) if return_logits else out
 
 
 def check_call(pack, state, uniforms, codes, condition) -> None:
     """Raise TypeError or ValueError for the first argument that breaks a rule; Sampling checks its own."""
+    check_arguments(pack, state, uniforms, codes, condition)
+    check_values("transformer", pack.shape, state, uniforms, codes, condition)
+
+
+def check_arguments(pack, state, uniforms, codes, condition) -> None:
+    """The part of check_call that looks at no tensor's values, and so does not wait for a GPU."""
     if not isinstance(pack, TransformerPack):
         raise TypeError(f"pack must be a TransformerPack, got {type(pack).__name__}")
     check_generation("transformer", pack, state_floats(pack.shape), state, uniforms, codes, condition)
-    check_values("transformer", pack.shape, state, uniforms, codes, condition)
 
 
 # ---- the reference
@@ -335,9 +341,7 @@ def _launch(data, shape_ints, state, uniforms, codes, condition, temperature, re
     shape = TransformerShape.from_ints(shape_ints)
     top_k, top_p = (*tops, None, None)[:2]  # the dispatcher leaves out what has its default
     Sampling(temperature, top_k, top_p)
-    check_generation(
-        "transformer", TransformerPack(data, shape), state_floats(shape), state, uniforms, codes, condition
-    )
+    check_arguments(TransformerPack(data, shape), state, uniforms, codes, condition)
     if condition is not None:
         check_frames(shape, condition, *uniforms.shape)
     arguments = (data, shape_ints, state, uniforms, codes, condition, temperature, return_logits, top_k, top_p)
@@ -347,7 +351,8 @@ def _launch(data, shape_ints, state, uniforms, codes, condition, temperature, re
     return _cuda_op(*arguments, plan.to_ints())
 
 
-def _explain(pack: TransformerPack, state: Tensor, uniforms: Tensor, **_) -> Explanation:
+def _explain(pack: TransformerPack, state: Tensor, uniforms: Tensor, **options) -> Explanation:
+    check_arguments(pack, state, uniforms, options.get("codes"), options.get("condition"))
     (batch, n), shape, device = uniforms.shape, pack.shape, pack.data.device.type
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in (shape.dtype, shape.cache_dtype))
     served, reads, once = implementation("transformer_generate", device), 1, 0  # of the pack, a step; bytes, a call

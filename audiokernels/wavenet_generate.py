@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from audiokernels._checks import refuse_grad
+from audiokernels._checks import mark_written, refuse_grad
 from audiokernels._generation import (
     HEADER,
     check_frames,
@@ -139,6 +139,7 @@ def wavenet_generate(
         Sampling(temperature, top_k, top_p)
         check_call(pack, state, uniforms, codes, condition)
         raise
+    mark_written(state)
     return (out, logits) if return_logits else out
 
 
@@ -242,7 +243,8 @@ def _plan(shape: WaveNetShape, uniforms: Tensor) -> WaveNetPlan:
     return wavenet_generate_plan(shape, uniforms.shape[0], gpu_facts(uniforms.device))
 
 
-def _explain(pack: WaveNetPack, state: Tensor, uniforms: Tensor, **_) -> Explanation:
+def _explain(pack: WaveNetPack, state: Tensor, uniforms: Tensor, **options) -> Explanation:
+    check_arguments(pack, state, uniforms, options.get("codes"), options.get("condition"))
     batch, n = uniforms.shape
     name = str(pack.shape.dtype).removeprefix("torch.")
     reads = n  # of the pack

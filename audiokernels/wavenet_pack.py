@@ -23,6 +23,7 @@ from audiokernels._packing import (
     DTYPES,
     LANES,
     MAX_INPUTS,
+    check_bytes,
     check_weights,
     matrix_bytes,
     pack_matrix,
@@ -158,7 +159,15 @@ def wavenet_pack(
 
 
 def wavenet_unpack(data: Tensor, shape: WaveNetShape) -> dict[str, Tensor]:
-    """The float32 weights that a pack holds (rounded to its dtype), under the names of wavenet_pack."""
+    """The float32 weights that a pack holds (rounded to its dtype), under the names of wavenet_pack.
+
+    Args:
+        data, shape: of the pack.
+
+    Raises:
+        TypeError, ValueError: data is not what wavenet_pack makes for such a shape.
+    """
+    check_bytes("data", data, shape.pack_bytes(), "wavenet")
     matrices = {name: (rows, taps, inputs) for name, rows, taps, inputs in shape.matrices()}
     n_embedding, n_condition = shape.table_floats()
     sizes = [4 * n_embedding, 4 * n_condition, *(matrix_bytes(shape.dtype, *m) for m in matrices.values())]
@@ -206,10 +215,11 @@ def _shape_of(weights: Mapping[str, Tensor], dilations: Sequence[int], dtype: to
     if not dilations or not all(is_whole(d) and d >= 1 for d in dilations):
         raise ValueError(f"dilations must be integers >= 1, one a layer, got {dilations}")
     dilations = tuple(map(int, dilations))
-    for name in ("embedding", "conv_weight", "skip_weight", "head_weight"):
+    optional = {"condition_weight"} & set(weights)
+    for name in ("embedding", "conv_weight", "skip_weight", "head_weight", *optional):
         if name not in weights:
             raise ValueError(f"weights must hold {name!r}, got {sorted(weights)}")
-        ndim = {"conv_weight": 4, "skip_weight": 3}.get(name, 2)
+        ndim = {"conv_weight": 4, "skip_weight": 3, "condition_weight": 3}.get(name, 2)
         if not isinstance(weights[name], Tensor) or weights[name].ndim != ndim:
             came = tuple(weights[name].shape) if isinstance(weights[name], Tensor) else type(weights[name]).__name__
             raise ValueError(f"weights[{name!r}] must be a tensor of {ndim} dimensions, got {came}")
@@ -217,7 +227,7 @@ def _shape_of(weights: Mapping[str, Tensor], dilations: Sequence[int], dtype: to
     n_class, residual = weights["embedding"].shape
     gate, width = weights["conv_weight"].shape[1], weights["conv_weight"].shape[3]
     skip, head = weights["skip_weight"].shape[1], weights["head_weight"].shape[0]
-    condition = weights["condition_weight"].shape[-1] if "condition_weight" in weights else 0
+    condition = weights["condition_weight"].shape[2] if optional else 0
     if gate % 2:
         raise ValueError(f"weights['conv_weight'] must have an even number of rows (tanh | sigmoid), got {gate}")
     hidden = gate // 2
@@ -234,7 +244,7 @@ def _shape_of(weights: Mapping[str, Tensor], dilations: Sequence[int], dtype: to
         "out_weight": (n_class, head),
         "out_bias": (n_class,),
     }
-    if condition:
+    if optional:
         expected["condition_weight"] = (n_layer, gate, condition)
     check_weights(weights, expected)
     if not 2 <= n_class <= 32768:

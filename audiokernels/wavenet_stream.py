@@ -62,8 +62,12 @@ class WaveNetStream:
         seed = check_whole("seed", seed, 0, (1 << 64) - 1)
         uniforms = philox_uniform(seed, state.shape[0] if isinstance(state, Tensor) and state.ndim else batch, 0)
         frames = condition
-        if condition is not None and isinstance(condition, Tensor) and condition.ndim == 3:
-            frames = condition[:, :0]
+        if isinstance(condition, Tensor) and condition.ndim == 3 and isinstance(pack, WaveNetPack):
+            sizes = (uniforms.shape[0], pack.shape.condition)
+            if pack.shape.condition and (condition.shape[0], condition.shape[2]) != sizes:
+                rule = f"({sizes[0]}, frames, {sizes[1]})"
+                raise ValueError(f"condition must have shape {rule}, got {tuple(condition.shape)}")
+            frames = condition[:, :0] if pack.shape.condition else condition
         self._sampling = Sampling(temperature, top_k, top_p)
         check_call(pack, state, uniforms, None, frames)
         self._pack, self._seed, self._condition = pack, seed, condition

@@ -262,6 +262,7 @@ WRONG = {
     "state is elsewhere": ({"state": Z(2, 7, device="meta")}, ValueError, "on the device of x .cpu.*meta"),
     "position is int64": ({"position": Z(2).long()}, TypeError, "position must be int32.*int64"),
     "position is a number": ({"position": 3}, TypeError, "position must be a tensor, got int"),
+    "position is sparse": ({"position": Z(2).int().to_sparse()}, TypeError, "position must be a dense tensor.*sparse"),
     "position is short": ({"position": Z(1).int()}, ValueError, r"position must have shape \(batch,\)"),
     "position is negative": ({"position": torch.tensor([3, -1]).int()}, ValueError, "position must be >= 0, got -1"),
     "seqlen is missing": ({"norm": "window"}, ValueError, "seqlen is needed"),

@@ -102,6 +102,7 @@ PACKING = [
     (ValueError, "weights", "shape", r"\(2, 15, 16\)", {"res_weight": torch.zeros(2, 15, 16)}, {}),
     (TypeError, "weights", "float", "int64", {"head_bias": torch.zeros(32, dtype=torch.int64)}, {}),
     (ValueError, "weights", "dimensions", r"\(64,\)", {"embedding": torch.zeros(64)}, {}),
+    (ValueError, "weights", "3 dimensions", "int", {"condition_weight": 5}, {}),
     (ValueError, "weights", "even", "31", {"conv_weight": torch.zeros(3, 31, 16, 2)}, {}),
     (ValueError, "weights", "finite", "NaN", {"out_bias": torch.full((64,), float("nan"))}, {}),
     (ValueError, "weights", "finite", "infinity", {"out_bias": torch.full((64,), float("inf"))}, {}),

@@ -35,7 +35,7 @@ def patch() -> Iterator[None]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        plain = is_causal and attn_mask is None and dropout_p == 0.0
+        plain = is_causal and attn_mask is None and dropout_p == 0.0 and not isinstance(scale, Tensor)
         if plain and takes(query, key, value) and query.shape[2] == key.shape[2]:
             grouped = query.shape[1] != key.shape[1]
             if enable_gqa or not grouped:
