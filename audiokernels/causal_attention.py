@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from audiokernels._checks import check_dense, check_device, check_floating, is_size, refuse_tangents
+from audiokernels._checks import check_dense, check_device, check_floating, is_size, refuse_func_grad, refuse_tangents
 from audiokernels._library import C, lib, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.causal_attention_plan import causal_attention_backward_plan, device_facts, plan_of
@@ -81,15 +81,16 @@ def causal_attention(
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
-        NotImplementedError: q, k or v has a tangent: there is no forward-mode derivative.
+        NotImplementedError: q, k or v has a tangent (there is no forward-mode derivative), or torch.func.grad asks.
     """
     refuse_tangents("causal_attention", q=q, k=k, v=v)
     if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
         raise TypeError("scale must be a number, got a tensor that requires grad: multiply q by it and pass scale=1.0")
     try:
         out, lse = _op(q, k, v, scale=scale, window=window)
-    except (RuntimeError, TypeError, ValueError, OverflowError):
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         check_attention(q, k, v, scale=scale, window=window)
+        refuse_func_grad("causal_attention", error)
         raise
     return (out, lse) if return_lse else out
 

@@ -13,7 +13,7 @@ coefficients, 2 (1 - 2^-J) additions an element. The mean over blocks of 2^l ste
 import torch
 from torch import Tensor
 
-from audiokernels._checks import is_size, refuse_tangents
+from audiokernels._checks import is_size, refuse_func_grad, refuse_tangents
 from audiokernels._library import lib, triton_launcher
 from audiokernels.backends import Explanation, describe
 from audiokernels.haar_pool import check_input, kernel_of
@@ -40,13 +40,17 @@ def haar_dwt(x: Tensor, n_levels: int, *, pad: str = "zero") -> Tensor:
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
-        NotImplementedError: x has a tangent: there is no forward-mode derivative.
+        NotImplementedError: x has a tangent (there is no forward-mode derivative), or torch.func.grad asks.
     """
     refuse_tangents("haar_dwt", x=x)
     if pad not in ("zero", "edge"):
         raise ValueError(f'pad must be "zero" or "edge", got {pad!r}')
     _check(x, n_levels)
-    return _op(x, n_levels, edge=pad == "edge")
+    try:
+        return _op(x, n_levels, edge=pad == "edge")
+    except RuntimeError as error:
+        refuse_func_grad("haar_dwt", error)
+        raise
 
 
 def haar_dwt_ref(x: Tensor, n_levels: int, *, edge: bool = False) -> Tensor:
@@ -77,11 +81,15 @@ def haar_idwt(coeffs: Tensor, n_levels: int, *, seqlen: int | None = None) -> Te
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
-        NotImplementedError: coeffs has a tangent: there is no forward-mode derivative.
+        NotImplementedError: coeffs has a tangent (there is no forward-mode derivative), or torch.func.grad asks.
     """
     refuse_tangents("haar_idwt", coeffs=coeffs)
     _check_inverse(coeffs, n_levels, seqlen=seqlen)
-    return _inverse_op(coeffs, n_levels, seqlen=seqlen)
+    try:
+        return _inverse_op(coeffs, n_levels, seqlen=seqlen)
+    except RuntimeError as error:
+        refuse_func_grad("haar_idwt", error)
+        raise
 
 
 def haar_idwt_ref(coeffs: Tensor, n_levels: int, *, seqlen: int | None = None) -> Tensor:

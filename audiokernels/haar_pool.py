@@ -20,7 +20,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from audiokernels._checks import check_dense, check_floating, check_not_expanded, mark_written, refuse_tangents
+from audiokernels._checks import (
+    check_dense,
+    check_floating,
+    check_not_expanded,
+    mark_written,
+    refuse_func_grad,
+    refuse_tangents,
+)
 from audiokernels._gpu import device_facts
 from audiokernels._library import C, lib, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
@@ -50,12 +57,17 @@ def haar_pool(
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
-        NotImplementedError: x has a tangent: there is no forward-mode derivative.
+        NotImplementedError: x has a tangent (there is no forward-mode derivative), or torch.func.grad asks.
     """
     check_input(x, 3)
     refuse_tangents("haar_pool", x=x)
     causal, count = options(mode, norm)
-    return _op(x, level_runs(levels, x.shape[2], x.shape[1]), causal=causal, count=count)
+    runs = level_runs(levels, x.shape[2], x.shape[1])
+    try:
+        return _op(x, runs, causal=causal, count=count)
+    except RuntimeError as error:
+        refuse_func_grad("haar_pool", error)
+        raise
 
 
 def haar_pool_(
