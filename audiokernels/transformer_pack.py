@@ -18,7 +18,7 @@ csrc/transformer_generate.h reads the same layout.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -346,7 +346,8 @@ def _shape_of(weights, n_head, window, positions, fusion, haar, dtype, hop) -> T
 
 def _size_of(weights: Mapping[str, Tensor], name: str, ndim: int, dim: int) -> int:
     if name not in weights or not isinstance(weights[name], Tensor) or weights[name].ndim != ndim:
-        came = tuple(weights[name].shape) if isinstance(weights.get(name), Tensor) else None
+        given = weights.get(name)
+        came = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise ValueError(f"weights[{name!r}] must be a tensor of {ndim} dimensions, got {came}")
     return weights[name].shape[dim]
 
@@ -370,6 +371,8 @@ def _check_sizes(n_class, n_layer, n_embd, n_head, channels, widths) -> None:
 
 def _haar_runs(levels: Sequence[int], n_embd: int) -> tuple[int, ...]:
     """[level, count, ...] of neighbouring channels; () where nothing is pooled."""
+    if not isinstance(levels, Iterable):
+        raise TypeError(f"haar must be a sequence of integers, got {type(levels).__name__}")
     levels = tuple(levels)
     if levels and (len(levels) != n_embd or not all(is_whole(level) and 0 <= level <= MAX_LEVEL for level in levels)):
         raise ValueError(f"haar must be () or {n_embd} integers 0 .. {MAX_LEVEL}, one a channel, got {list(levels)}")

@@ -62,6 +62,8 @@ PACKING = [
     (ValueError, "n_head", r"8 \.\. 256", "16 / 4", {}, {"n_head": 4}),
     (ValueError, "haar", "16 integers", r"\[1, 2\]", {}, {"haar": [1, 2]}),
     (ValueError, "haar", r"0 \.\. 20", "-1", {}, {"haar": [-1] * 16}),
+    (TypeError, "haar", "sequence", "NoneType", {}, {"haar": None}),
+    (ValueError, "weights", "2 dimensions", "int", {"condition_weight": 5}, {}),
     (ValueError, "weights", "exactly", "proj_bias", {"proj_bias": None}, {}),
     (ValueError, "weights", "exactly", "extra", {"extra": torch.zeros(1)}, {}),
     (ValueError, "weights", "exactly", "context_embedding", {"context_embedding": torch.zeros(64, 6)}, {}),

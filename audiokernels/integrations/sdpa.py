@@ -18,10 +18,10 @@ from audiokernels import causal_attention
 def patch() -> Iterator[None]:
     """Within the block torch.nn.functional.scaled_dot_product_attention gives its causal calls to causal_attention.
 
-    Those are: is_causal, no mask, no dropout, queries as many as keys (torch aligns at the start, causal_attention at
-    the end), 4 dimensions, headdim 8..256. All others go to torch as before. Code that holds the function itself, by
-    `from torch.nn.functional import scaled_dot_product_attention`, is not reached. The patch is the process's, not the
-    thread's.
+    Those are: is_causal, no mask, no dropout, scale a number or None, queries as many as keys (torch aligns at the
+    start, causal_attention at the end), 4 dimensions, headdim 8..256. All others go to torch as before. Code that holds
+    the function itself, by `from torch.nn.functional import scaled_dot_product_attention`, is not reached. The patch is
+    the process's, not the thread's.
     """
     original = F.scaled_dot_product_attention
 
