@@ -64,6 +64,8 @@ def plan_runs(dim: int, seqlen: int | None, plan: str = "dyadic") -> list[int]:
 
 def level_runs(levels: Sequence[int] | Tensor | None, dim: int, seqlen: int | None) -> list[int]:
     """The runs of a public op's `levels`; None is the dyadic plan. Raise TypeError or ValueError where wrong."""
+    if torch.jit.is_tracing():  # it makes tensors of sizes, which no list of integers holds
+        dim, seqlen = int(dim), None if seqlen is None else int(seqlen)
     if levels is None:
         whole = type(dim) is int and (seqlen is None or type(seqlen) is int)  # symbolic numbers have no hash
         return list(_planned(dim, seqlen)) if whole and not torch.compiler.is_compiling() else plan_runs(dim, seqlen)

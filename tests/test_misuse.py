@@ -131,3 +131,9 @@ def test_func_grad_is_refused_with_a_way_out():
                 NotImplementedError, match=f"^{name} has no derivative inside torch.func .*autograd.grad"
             ):
                 derive(x)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_trace_takes_the_plan_of_the_length_that_it_saw():
+    x = torch.randn(2, 9, 6)
+    assert torch.equal(torch.jit.trace(ak.haar_pool, x)(x), ak.haar_pool(x))
