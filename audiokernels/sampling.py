@@ -6,7 +6,8 @@ over the classes that stay. top_k leaves out every class whose logit is below th
 "Hierarchical neural story generation", arXiv 1805.04833). Of the rest, top_p keeps the smallest set of most probable
 classes that holds that share of their probability, the class that reaches it included (Holtzman et al., "The curious
 case of neural text degeneration", arXiv 1904.09751, equations 2 and 3). Classes that tie stay or go together: what
-stays are those at or above a threshold, whatever the order of the classes. T = 0 takes the first largest logit.
+stays are those at or above a threshold, whatever the order of the classes. T = 0 takes the first largest logit; any
+other is taken as at least 2^-126 (classes that tie for the largest are alike) and at most 2^126 (all are).
 """
 
 import math
@@ -59,7 +60,8 @@ class Sampling:
             return torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).float()
         if self.top_k is not None and self.top_k < logits.shape[1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k, 1).values[:, -1:], -torch.inf)
-        p = torch.exp((logits - logits.amax(1, keepdim=True)) * (1 / self.temperature))
+        temperature = min(max(self.temperature, 2.0**-126), 2.0**126)  # and 1 / temperature: normal numbers in float32
+        p = torch.exp((logits - logits.amax(1, keepdim=True)) * (1 / temperature))
         if self.top_p is not None and self.top_p < 1:
             ordered = p.sort(1, descending=True).values
             share = ordered.cumsum(1)

@@ -51,9 +51,10 @@ Sampling check_sampling(double temperature, std::optional<int64_t> top_k, std::o
   STD_TORCH_CHECK(!top_k || *top_k >= 1, "top_k must be >= 1, got ", top_k.value_or(0));
   STD_TORCH_CHECK(!top_p || (*top_p > 0 && *top_p <= 1), "top_p must be above 0 and at most 1, got ",
                   top_p.value_or(0));
-  const float least = std::numeric_limits<float>::min();  // a share that is 0 in float32 would keep no class
-  return {float(temperature), top_k && *top_k < n_class ? int32_t(*top_k) : 0,
-          top_p ? std::max(float(*top_p), least) : 1.0f};
+  const double least = std::numeric_limits<float>::min();  // a share that is 0 in float32 would keep no class
+  // A quotient that is 0 or infinite in float32 would make NaN of some difference of logits.
+  return {float(temperature > 0 ? std::clamp(temperature, least, 1 / least) : 0),
+          top_k && *top_k < n_class ? int32_t(*top_k) : 0, float(top_p ? std::max(*top_p, least) : 1)};
 }
 
 void check_state_header(int64_t n_class, const float* state, int64_t batch, int64_t stride) {

@@ -92,7 +92,7 @@ static int32_t draw(float* logits, int64_t n_class, float u, const Sampling& sam
   const VFloat inverse = splat(1.0f / sampling.temperature);
   for (int64_t i = 0; i < rows; i += kLanes) {
     const VFloat l = (load(logits + i) - splat(largest)) * inverse;
-    store(p + i, l < splat(-87.0f) ? splat(0.0f) : exp_clamped(l, 87.0f));
+    store(p + i, l >= splat(-87.0f) ? exp_clamped(l, 87.0f) : splat(0.0f));  // 0 of NaN too
   }
   if (sampling.top_p < 1.0f) leave_out(p, rows, 0.0f, 1, sampling.top_p * top_from(p, rows, 0.0f).sum);
   float total = 0.0f;

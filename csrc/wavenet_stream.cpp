@@ -48,7 +48,7 @@ void philox_uniform(uint64_t seed, uint32_t row, int64_t position, int64_t n, fl
 class WaveNetStream {
  public:
   WaveNetStream(Array<uint8_t> weights, std::vector<int64_t> shape_ints, const Array<float>& state, uint64_t seed,
-                float temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
+                double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
                 std::optional<Array<float>> condition)
       : weights_(std::move(weights)),
         shape_ints_(std::move(shape_ints)),
@@ -155,7 +155,7 @@ class WaveNetStream {
 
 void bind_wavenet_stream(py::module_& m) {
   py::class_<WaveNetStream>(m, "WaveNetStream")
-      .def(py::init<Array<uint8_t>, std::vector<int64_t>, Array<float>, uint64_t, float, std::optional<int64_t>,
+      .def(py::init<Array<uint8_t>, std::vector<int64_t>, Array<float>, uint64_t, double, std::optional<int64_t>,
                     std::optional<double>, std::optional<Array<float>>>(),
            py::arg("weights"), py::arg("shape"), py::arg("state"), py::arg("seed"), py::arg("temperature"),
            py::arg("top_k"), py::arg("top_p"), py::arg("condition"))

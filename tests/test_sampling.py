@@ -13,6 +13,7 @@ from wavenet_on_host import on_host
 
 from audiokernels import (
     Sampling,
+    WaveNetStream,
     philox_uniform,
     transformer_generate,
     transformer_state,
@@ -219,12 +220,28 @@ def test_codes_do_not_depend_on_instruction_set_batch_or_chunks(options):
         assert torch.equal(torch.cat(parts, 1), codes[6:7])
 
 
-def tied(levels):
+def tied(levels, dtype=torch.float32):
     """A pack whose logits are always these."""
     weights = weights_of(2, n_class=len(levels))
     weights["out_weight"].zero_()
     weights["out_bias"] = torch.tensor(levels)
-    return wavenet_pack(weights, [1, 2])
+    return wavenet_pack(weights, [1, 2], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", instruction_sets("wavenet_generate"))
+def test_temperatures_that_float32_does_not_hold(isa, dtype):
+    """None makes a NaN of the difference between two logits, nor draws what pads 15 classes to 16."""
+    levels = [-1.0, 0.5, 0.5, -1.0, 0.0] * 3
+    pack, uniforms = tied(levels, dtype), (torch.arange(150.0)[None] + 0.5) / 150
+    for temperature, stays in ((1e-300, [1, 2]), (1e-39, [1, 2]), (2e38, range(5)), (1e300, range(5))):
+        stays = [5 * i + c for i in range(3) for c in stays]
+        weights = Sampling(temperature).weights(torch.tensor([levels]))[0]
+        assert weights.tolist() == [float(c in stays) for c in range(15)]
+        with in_use(isa):
+            codes = wavenet_generate(pack, wavenet_state(pack, 1), uniforms, temperature=temperature)
+            streamed = WaveNetStream(pack, temperature=temperature).read(400)
+        assert codes.unique().tolist() == stays and np.unique(streamed).tolist() == stays
 
 
 @pytest.mark.parametrize("kernel", [*ISAS, "general"])
