@@ -97,7 +97,7 @@ AK_INLINE VDouble round_to_odd(VDouble p, VDouble z, VDouble s) {
   const VDouble error = (p - (s - t)) + (z - t);  // s + error = p + z exactly (Knuth's two-sum)
   const VLong bits = (VLong)s;
   const VLong step = ((error > 0) == (s > 0)) ? VLong{1, 1} : VLong{-1, -1};
-  const VLong fix = (error != 0) & ((bits & 1) == 0);
+  const VLong fix = ((error < 0) | (error > 0)) & ((bits & 1) == 0);  // not where s is infinite: error is NaN
   return (VDouble)(bits + (fix & step));
 }
 AK_INLINE VInt may_round_twice(VDouble s) {  // per 32-bit half: the low one ends in half a float; the high one is tiny

@@ -284,6 +284,21 @@ def test_logits_of_a_stream_do_not_depend_on_the_batch(name, dtype, isa):
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("isa", instruction_sets("wavenet_generate"))
+def test_infinite_sums_stay_infinite(isa, dtype, unchecked_weights):
+    """And do not disturb their neighbours, in a fused multiply-add made of doubles either."""
+    weights = weights_of(1)
+    codes = torch.randint(64, (2, 300), generator=torch.Generator().manual_seed(5))
+    with in_use(isa):
+        _, expected = run(wavenet_pack(weights, [1], dtype=dtype), 2, 300, codes=codes, return_logits=True)
+        weights["out_bias"][3], weights["out_bias"][40] = -torch.inf, torch.inf
+        _, logits = run(wavenet_pack(weights, [1], dtype=dtype), 2, 300, codes=codes, return_logits=True)
+    expected[:, :, 3], expected[:, :, 40] = -torch.inf, torch.inf
+    assert torch.equal(logits, expected)
+
+
+@compiled
 @pytest.mark.parametrize("isa", instruction_sets("wavenet_generate"))
 def test_subnormal_sums_do_not_depend_on_the_batch(isa):
     """Products of bfloat16 in tiles count subnormal numbers as zero."""
