@@ -214,6 +214,8 @@ def _shape_of(weights: Mapping[str, Tensor], dilations: Sequence[int], dtype: to
     dilations = list(dilations)
     if not dilations or not all(is_whole(d) and d >= 1 for d in dilations):
         raise ValueError(f"dilations must be integers >= 1, one a layer, got {dilations}")
+    if len(dilations) > 1000:
+        raise ValueError(f"dilations must be of 1 .. 1000 layers, got {len(dilations)}")
     dilations = tuple(map(int, dilations))
     optional = {"condition_weight"} & set(weights)
     for name in ("embedding", "conv_weight", "skip_weight", "head_weight", *optional):

@@ -60,6 +60,7 @@ WaveNetShape wavenet_shape(const int64_t* ints, int64_t count) {
   require(s.n_class >= 2 && s.n_class <= 32768, "n_class must be 2 .. 32768");
   require(s.condition >= 0 && s.condition <= kMaxInputs, "condition channels must be 0 .. 65536");
   require(s.hop >= 1, "hop must be >= 1");
+  require(s.n_layer <= 1000, "n_layer must be 1 .. 1000");  // so that no size overflows
   for (int64_t l = 0; l < s.n_layer; l++)
     require(s.dilations[l] >= 1 && s.dilations[l] <= kMaxRingSlots / s.width, "dilation out of range");
   return s;

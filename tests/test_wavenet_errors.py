@@ -95,6 +95,7 @@ PACKING = [
     (ValueError, "dilations", ">= 1", r"\[1, 0, 2\]", {}, {"dilations": [1, 0, 2]}),
     (ValueError, "dilations", "one a layer", r"\[\]", {}, {"dilations": []}),
     (ValueError, "dilations", "integers", "True", {}, {"dilations": [1, True, 2]}),
+    (ValueError, "dilations", "1000 layers", "1001", {}, {"dilations": [1] * 1001}),
     (TypeError, "dilations", "sequence", "int", {}, {"dilations": 3}),
     (ValueError, "weights", "3, 32, 16, 2|2, 32, 16, 2", "", {}, {"dilations": [1, 2]}),
     (ValueError, "weights", "exactly", "skip_bias", {"skip_bias": None}, {}),
@@ -201,3 +202,6 @@ def test_the_op_itself_checks_everything_again():
         with pytest.raises((RuntimeError, ValueError)):
             op(*arguments)
         assert torch.equal(STATE, before)
+    beyond_int64 = [0, *[65536] * 4, 64, 65536, 0, 1, *[1] * 8192]  # bytes
+    with pytest.raises((RuntimeError, ValueError), match="n_layer must be"):
+        op(PACK.data, beyond_int64, *good[2:])
