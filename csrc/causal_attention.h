@@ -126,9 +126,8 @@ struct AttentionDecode : AttentionSizes {
 };
 
 // Of attention_read: a unit is attention_unit_rows of a head of a (batch, heads, rows, headdim) tensor; they become
-// words, with zeros in the padding. Of attention_backward: (batch, kv head, segment); of
-// attention_decode: (batch, kv head). Others: (batch, head, block of
-// kAttentionUnit queries).
+// words, with zeros in the padding. Of attention_backward: (batch, kv head, segment); of attention_decode: (batch, kv
+// head). Others: (batch, head, block of kAttentionUnit queries).
 #define AUDIOKERNELS_DECLARE(isa)                                                                                 \
   namespace isa {                                                                                                 \
   void attention_read(const AttentionTensor& t, const int64_t* sizes, AttentionDtype dtype, AttentionPairs pairs, \
@@ -143,3 +142,20 @@ AUDIOKERNELS_FOR_EACH_BFLOAT16_ISA(AUDIOKERNELS_DECLARE)
 #undef AUDIOKERNELS_DECLARE
 
 }  // namespace audiokernels
+
+#if !defined(AUDIOKERNELS_ISA)
+#include "torch_stable.h"
+
+namespace audiokernels {
+
+inline AttentionDtype attention_dtype(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return AttentionDtype::float64;
+    case ScalarType::BFloat16: return AttentionDtype::bfloat16;
+    case ScalarType::Half: return AttentionDtype::float16;
+    default: return AttentionDtype::float32;
+  }
+}
+
+}  // namespace audiokernels
+#endif

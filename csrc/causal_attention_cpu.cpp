@@ -1,29 +1,14 @@
 // Causal attention on the CPU: checks, results, threads, registration. The hot loops are *_simd.cpp; float64 is here.
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "causal_attention.h"
-#include "torch_stable.h"
+#include "floats.h"
 
 namespace audiokernels {
 namespace {
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-// Uninitialised, on a cache line.
-Floats new_floats(int64_t n) {
-  auto* p = static_cast<float*>(std::aligned_alloc(64, size_t(attention_round_up(n + 1, 16)) * sizeof(float)));
-  if (!p) throw std::bad_alloc();
-  return Floats(p);
-}
 
 struct Kernels {
   Isa isa;
@@ -53,15 +38,6 @@ Kernels pick_kernels(AttentionDtype dtype) {
 }
 
 // ---- arguments and results ----
-
-AttentionDtype attention_dtype(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double: return AttentionDtype::float64;
-    case ScalarType::BFloat16: return AttentionDtype::bfloat16;
-    case ScalarType::Half: return AttentionDtype::float16;
-    default: return AttentionDtype::float32;
-  }
-}
 
 AttentionTensor attention_tensor(const Tensor& t) {
   return {static_cast<char*>(t.data_ptr()), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "causal_attention.h"
-#include "torch_stable.h"
 
 namespace audiokernels {
 namespace {
@@ -30,15 +29,6 @@ struct Facts {
     return {static_cast<char*>(data), {strides[0], strides[1], strides[2], strides[3]}};
   }
 };
-
-AttentionDtype attention_dtype(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double: return AttentionDtype::float64;
-    case ScalarType::Float: return AttentionDtype::float32;
-    case ScalarType::BFloat16: return AttentionDtype::bfloat16;
-    default: return AttentionDtype::float16;
-  }
-}
 
 void check_caches(const Facts& k_cache, const Facts& v_cache) {
   const ScalarType dtype = k_cache.dtype;

@@ -183,7 +183,7 @@ static void decode_unit(const AttentionDecode& call, int64_t b, int64_t kv_head,
   float* k_memory = scores + kChunk;
   float* v_memory = k_memory + kChunk * channels;
   float* queries = v_memory + kChunk * channels;
-  const VFloat scale = splat(float(call.scale * 1.4426950408889634));
+  const VFloat scale = splat(call.factor());
   const bool bfloat16 = call.dtype == AttentionDtype::bfloat16;
   const bool in_place = (bfloat16 || call.dtype == AttentionDtype::float32) && call.headdim % kLanes == 0 &&
                         call.k_cache.stride[3] == 1 && call.v_cache.stride[3] == 1;

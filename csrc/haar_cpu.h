@@ -1,27 +1,13 @@
 // What the Haar ops' files on the CPU's side of torch share: checks, results, memory, threads.
 #pragma once
 
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "floats.h"
 #include "haar.h"
 #include "torch_stable.h"
 
 namespace audiokernels {
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float[], Free>;
-
-// Uninitialised, on a cache line.
-inline Floats new_floats(int64_t n) {
-  auto* p = static_cast<float*>(std::aligned_alloc(64, size_t(n / 16 + 1) * 64));
-  if (!p) throw std::bad_alloc();
-  return Floats(p);
-}
 
 inline HaarDtype haar_dtype(const Tensor& x) {
   switch (x.scalar_type()) {

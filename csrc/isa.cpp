@@ -46,8 +46,8 @@ bool tiles_granted() {
 #if defined(AUDIOKERNELS_AMX) && defined(__linux__)
   static const bool granted = [] {
     unsigned a, b, c, d = 0;
-    constexpr unsigned kBFloat16 = 1 << 22, kTile = 1 << 24, kInt8 = 1 << 25, kAll = kBFloat16 | kTile | kInt8;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+    constexpr unsigned kBFloat16 = 1 << 22, kTile = 1 << 24, kInt8 = 1 << 25, kWanted = kBFloat16 | kTile | kInt8;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kWanted) != kWanted) return false;
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, as man 2 arch_prctl calls it
     return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   }();

@@ -6,8 +6,8 @@
 //
 // On avx512_amx bfloat16 has the order of a tile product (csrc/tiles.h): even and odd products of 32 inputs apart, then
 // both, then that to the sum. Two streams and more are multiplied by tiles, 16 sharing a pass over the weights; a
-// single one by vectors in the same order, since tiles slow the processor's clock for all around them. int8 takes tiles
-// from three streams on.
+// single one by vectors in the same order, since tiles slow the processor's clock for all around them. int8 of WaveNet
+// takes tiles from three streams on.
 #pragma once
 
 #include "generation.h"

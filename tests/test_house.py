@@ -46,6 +46,7 @@ SHARED_HEADERS = {
     "isa.h",
     "simd.h",
     "tiles.h",
+    "floats.h",
     "torch_stable.h",
     "cuda_stream.h",
     "generation.h",
