@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 from audiomodels import data, quantize
-from audiomodels.audio import AudioError, AudioNotice, read_audio
+from audiomodels.audio import AudioError, AudioNotice, read_audio, write_audio
 from audiomodels.data import Crops, Recording, Recordings, clips, groups_of, half_of, split_of
 
 RATE = 16000
@@ -445,6 +445,16 @@ def test_cut_divides_each_recording_in_time(fraction):
 def test_cut_refuses(fraction):
     with pytest.raises(ValueError, match="fraction must lie between 0 and 1"):
         counting(10).cut(fraction)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_a_name_that_is_no_text_is_read_and_has_a_side(tmp_path):
+    names = [*(f"{i}.wav" for i in range(12)), "caf\udce9.wav"]
+    for name in names:
+        write_audio(tmp_path / name, torch.linspace(-1, 1, 100), RATE)
+    sides = [Recordings.load(tmp_path, sample_rate=RATE, split=side) for side in ("train", "valid")]
+    assert sorted(r.name for side in sides for r in side) == sorted(names)
+    assert "13 recordings" in data.in_words((r.name, r.codes) for side in sides for r in side)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def write_audio(path: str | os.PathLike, audio: Tensor | np.ndarray, sample_rate
     soundfile = require("soundfile")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        soundfile.write(str(part), codes, sample_rate, format=formats[path.suffix.lower()], subtype="PCM_16")
+        soundfile.write(_name(part), codes, sample_rate, format=formats[path.suffix.lower()], subtype="PCM_16")
         os.replace(part, path)
     except (soundfile.SoundFileError, OSError) as error:
         raise AudioError(f"{path}: cannot be written: {error}") from error
@@ -148,13 +148,19 @@ def check_sample_rate(sample_rate: int) -> None:
         raise ValueError(f"sample_rate must be in {MIN_SAMPLE_RATE} .. {MAX_SAMPLE_RATE} Hz; got {sample_rate}")
 
 
+def _name(path) -> str | bytes:
+    """A path as soundfile takes it: it encodes text itself, and fails at a name that is not UTF-8."""
+    name = os.fsdecode(path)
+    return name if name.isprintable() else os.fsencode(name)
+
+
 def _opened(path):
     soundfile = require("soundfile")
     try:
         # A pipe or a device would block or never end, so it is not even opened.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise AudioError(f"{path}: is not a regular file")
-        return soundfile.SoundFile(os.fspath(path))
+        return soundfile.SoundFile(_name(path))
     except OSError as error:
         raise AudioError(f"{path}: {error.strerror or error}") from error
     # soundfile raises TypeError for headerless formats, the others for headers that it cannot even represent.

@@ -308,14 +308,14 @@ def in_words(sounds: Iterable[tuple[str, Tensor]]) -> str:
     """Sounds (name, samples (time,)), in words that others hardly have: number, length, a digest of the starts."""
     digest, number, samples = hashlib.sha256(), 0, 0
     for name, sound in sounds:
-        digest.update(f"{name} {len(sound)} ".encode())
+        digest.update(f"{name} {len(sound)} ".encode(errors="surrogateescape"))
         digest.update(sound[:4096].numpy().tobytes())
         number, samples = number + 1, samples + len(sound)
     return f"{number} recordings, {samples} samples, {digest.hexdigest()[:8]}"
 
 
 def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:8], "big")
 
 
 def _splits_of(row: dict) -> set[str]:

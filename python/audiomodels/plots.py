@@ -4,6 +4,7 @@ matplotlib's Agg canvas is used without pyplot: no window system, no global stat
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,24 @@ def figure(
 def add(fig: Figure, place: SubplotSpec, title: str) -> Axes:
     """An axis with a title at its left and no frame on top and right."""
     axis = fig.add_subplot(place)
-    axis.set_title(title, loc="left", fontsize=10)
+    # A file's name may hold dollar signs, which would be formulas, and bytes that are no text.
+    title = title.encode(errors="replace").decode()
+    axis.set_title(title, loc="left", fontsize=10, parse_math=False)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
     return axis
 
 
 def save(fig: Figure, path: Path) -> None:
-    """Write the figure, into a folder that is made if need be. A PNG says that it was made here: see `is_ours`."""
+    """Write the figure, whole or not at all, into a folder that is made if need be. A PNG says that it was made here:
+    see `is_ours`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, metadata={"Software": MAKER} if path.suffix.lower() == ".png" else None)
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        fig.savefig(part, metadata={"Software": MAKER} if path.suffix.lower() == ".png" else None)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def is_ours(path: Path) -> bool:

@@ -15,7 +15,7 @@ from audiomodels import plots
 from audiomodels.compare import bootstrap
 from audiomodels.compare.bootstrap import TOP1, TOP5, Estimate, Units
 from audiomodels.compare.generator_rows import Protocol
-from audiomodels.compare.report import SEEDS_FOR_AN_ORDER, SMOKE, form, replace_picture, replace_text
+from audiomodels.compare.report import SEEDS_FOR_AN_ORDER, SMOKE, form, replace_text
 
 FLOOR = "lpc64"
 # (row, the row that the paper, or the control, puts behind it, what that would say)
@@ -275,7 +275,7 @@ def picture(path: Path, tables: dict[tuple, list[Line]], found: dict[str, Any], 
             axis = plots.add(fig, grid[row, column], f"{what}: bits per sample on dev")
             curves = {line.title: [_points(run, axis_of, scale) for run in line.runs] for line in lines}
             plots.curves(axis, curves, unit, lines={} if floor is None else {"LPC-64 (test)": floor})
-    replace_picture(path, fig)
+    plots.save(fig, path)
 
 
 def _points(run: dict, axis: str, scale: float) -> tuple[list[float], list[float]]:

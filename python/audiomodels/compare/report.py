@@ -4,7 +4,6 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from audiomodels import plots
 from audiomodels.compare.bootstrap import Estimate
 
 SEEDS_FOR_AN_ORDER = 3
@@ -29,11 +28,4 @@ def replace_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temp = path.with_name(f".{path.name}")
     temp.write_text(text)
-    os.replace(temp, path)
-
-
-def replace_picture(path: Path, fig: plots.Figure) -> None:
-    """Write a picture, whole or not at all."""
-    temp = path.with_name(f".{path.name}")
-    fig.savefig(temp)
     os.replace(temp, path)

@@ -15,7 +15,7 @@ import numpy as np
 
 from audiomodels import plots
 from audiomodels.compare.bootstrap import Estimate
-from audiomodels.compare.report import SEEDS_FOR_AN_ORDER, SMOKE, form, plain, replace_picture, replace_text
+from audiomodels.compare.report import SEEDS_FOR_AN_ORDER, SMOKE, form, plain, replace_text
 from audiomodels.compare.representation_data import Task
 from audiomodels.compare.tagger_report import estimate, group_weights, map_values
 from audiomodels.probe import ProbeScore
@@ -280,7 +280,7 @@ def picture(
         axis.set_xticks(values, [f"{value:g}" for value in values])
         axis.set(xlabel=title, ylim=(0, 1.2), yticks=[i / 5 for i in range(6)])
         axis.legend(fontsize=8, frameon=False, loc="upper left", ncols=len(sweep.rows))
-    replace_picture(path, fig)
+    plots.save(fig, path)
 
 
 def _line(axis: plots.Axes, at: list[float], found: list[Estimate | None], **style: Any) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from audiomodels import plots
 from audiomodels.compare.bootstrap import LEVEL, Estimate, draws
-from audiomodels.compare.report import SEEDS_FOR_AN_ORDER, SMOKE, form, plain, replace_picture, replace_text
+from audiomodels.compare.report import SEEDS_FOR_AN_ORDER, SMOKE, form, plain, replace_text
 from audiomodels.tag_data import TagClips
 from audiomodels.tagging import frame_ap, mean_average_precision, note_f1
 
@@ -261,4 +261,4 @@ def picture(path: Path, runs: list[dict]) -> None:
             axis.plot(seen, figures, color=f"C{place}", linewidth=1.2, alpha=0.8, label=label)
         axis.set(xlabel="thousand crops seen", ylim=(0, None))
         axis.legend(fontsize=8, frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, -0.12))  # below the axis
-    replace_picture(path, fig)
+    plots.save(fig, path)
