@@ -1,10 +1,12 @@
 """The `audiokernels` command: what it prints and writes, and one clear line for every mistake."""
 
+import io
 import json
 import math
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -249,6 +251,24 @@ class Uniform(torch.nn.Module):
 def leaking():
     return Uniform(1)
 
+class Bigram(torch.nn.Module):  # no parameters, and a config of its own
+    config = {"vocabulary": 256}
+
+    def forward(self, codes):
+        return torch.nn.functional.one_hot(codes, 256).float()
+
+class Turned(Bigram):
+    def forward(self, codes):
+        return super().forward(codes).transpose(1, 2)
+
+class Broken(Bigram):
+    def forward(self, codes):
+        return super().forward(codes) / 0
+
+class Pair(Bigram):
+    def forward(self, codes):
+        return super().forward(codes), None
+
 def nothing():
     return 3
 """
@@ -259,8 +279,13 @@ def test_evaluate_any_module(call, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = call("evaluate", "--model", "planted_models:Uniform", data, "--sample-rate", 8000)
     assert code == 0 and re.search(r"Uniform +8\.000", out) and "lpc64" in out and "800 targets" in out
+    assert "Bigram" in call("evaluate", "--model", "planted_models:Bigram", data, "--sample-rate", 8000)[1]
     for name, text in (
         ("planted_models:leaking", "is not causal"),
+        ("planted_models:Turned", "(batch, time, n_class): (2, 4096, 256) for codes (2, 4096), got (2, 256, 4096)"),
+        ("planted_models:Broken", "Broken must give logits that are numbers, got NaN"),
+        ("planted_models:Pair", "Pair must give a tensor of floating-point logits, got tuple"),
+        (".planted_models:Uniform", "must be package:Class"),
         ("planted_models:nothing", "gave int"),
         ("planted_models:missing", "missing"),
         ("planted_nowhere:X", "planted_nowhere"),
@@ -325,8 +350,13 @@ def test_bench(call, monkeypatch):
         ("generate {model} --batch 0", "--batch must be 1 .. 1024, got 0"),
         ("generate {model} --temperature -1", "temperature must be finite and >= 0, got -1.0"),
         ("generate {model} --top-k 0", "top_k must be >= 1, got 0"),
+        ("generate {model} --top-k 9223372036854775808", "top_k must be below 2^63, got 9223372036854775808"),
         ("generate {model} --top-p 1.5", "top_p must be above 0 and at most 1, got 1.5"),
-        ("generate {model} --seed -1", "seed must be an integer from 0 to"),
+        ("generate {model} --seed -1", "--seed must be in 0 .. 2**64 - 1, got -1"),
+        ("continue {short} --seed 18446744073709551616", "--seed must be in 0 .. 2**64 - 1, got 18446744073709551616"),
+        ("conceal {short} --loss-rate 0.1 --seed -1", "--seed must be in 0 .. 2**64 - 1, got -1"),
+        ("plot-filters tagger --seed -1", "--seed must be in 0 .. 2**64 - 1, got -1"),
+        ("train {data} --out {tmp}/run --seed 18446744073709551616", "seed must be in 0 .. 2**64 - 1, got 184467"),
         ("generate {labelled}", "needs a condition or label"),
         ("generate {model} --seconds 0.01 --out {data}/a.wav/x.wav", "a.wav"),
         ("evaluate {no} {data}", "no such folder"),
@@ -347,6 +377,7 @@ def test_bench(call, monkeypatch):
         ("train {data} --out {tmp}/run --model.n-label 3", "train takes models without condition and labels"),
         ("train {data} --out {data}/a.wav", "a.wav"),
         ("demo --recording {no}", "nothing-here"),
+        ("demo --out {data}/a.wav/demo", "is no folder that may be written to"),
         ("bench --only haar", "--only must be one of"),
     ],
 )
@@ -370,6 +401,20 @@ def test_mistakes_are_one_line_and_exit_code_2(call, model, data, tmp_path, word
     assert not (tmp_path / "run").exists()
     line = err.splitlines()[-1]  # bars and notices may stand above it
     assert line.startswith("audiokernels: ") and text in line and "Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_a_name_that_cannot_be_printed_or_drawn(monkeypatch, tmp_path):
+    """ASCII output, a byte that is no text, a formula that is none: escaped, and the picture is made."""
+    file = tmp_path / "caf\udce9 $\\frac$.wav"
+    write_audio(file, torch.zeros(400), 8000)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["spectrogram", str(file), "--kinds", "mel", "--out", str(tmp_path)])
+    sys.stdout.flush()
+    assert not end.value.code and sys.stdout.buffer.getvalue().endswith(b"caf\\udce9 $\\frac$.png\n")
+    assert file.with_suffix(".png").exists()
 
 
 @pytest.mark.parametrize(

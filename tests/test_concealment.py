@@ -59,7 +59,7 @@ def test_gaps_are_read_and_put_in_order():
         (lambda: check_gaps([], 9), "nothing is lost"),
         (lambda: lost_packets(100, 10, 1.5), "loss rate must be above 0 and below 1, got 1.5"),
         (lambda: lost_packets(100, 0, 0.5), "packet must hold at least one sample, got 0"),
-        (lambda: generated(None, candidates=0), "candidates must be at least 1, got 0"),
+        (lambda: generated(None, candidates=0), "candidates must be 1 .. 1024, got 0"),
     ],
 )
 def test_wrong_gaps_are_named(call, words):
@@ -180,6 +180,11 @@ def test_lost_packets_of_the_command(call, folder):
     assert packets.sum() > 4 and not packets[0]
 
 
+def test_the_largest_seed(model):
+    past, fill = TONE[:100], generated(model, candidates=2, seed=2**64 - 1)
+    assert len(fill(past, 10, TONE[110:112])) == 12
+
+
 def test_a_picture_of_the_same_name_is_kept(call, folder):
     (folder / "kept.png").write_bytes(b"a photograph")
     words = ["conceal", folder / "tone.wav", "--gaps", "0.1:0.01", "--model", folder / "model"]
@@ -202,7 +207,7 @@ def test_a_picture_of_the_same_name_is_kept(call, folder):
         ("--loss-rate 0", "loss rate must be above 0"),
         ("--loss-rate 0.1 --packet-ms 0", "--packet-ms is out of range"),
         ("--gaps 0.1:0.1 --fade-ms -1", "--fade-ms is out of range"),
-        ("--gaps 0.1:0.1 --candidates 0", "candidates must be at least 1"),
+        ("--gaps 0.1:0.1 --candidates 0", "candidates must be 1 .. 1024"),
         ("--gaps 0.1:0.1 --top-k 0", "top_k must be >= 1"),
         ("--gaps 0.1:0.1 -o x.mp3", "--out must end in .wav or .flac"),
         ("--gaps 0.1:0.1 --model nowhere", "nowhere: no such folder"),

@@ -131,3 +131,8 @@ def test_parameters(variant):
 def test_wrong_calls(call, words):
     with pytest.raises(ValueError, match=words):
         call(make())
+
+
+def test_sound_is_no_prompt():
+    with pytest.raises(TypeError, match="codes must be integers"):
+        make().generate(5, torch.rand(3))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("tyro")
+from audiomodels import plots
 from audiomodels.audio import write_audio
 from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
 from audiomodels.cnn import CNN
@@ -126,6 +127,22 @@ def test_a_picture_that_nobody_named_replaces_only_its_like(call, model, tmp_pat
     assert call(*tag, "-o", "named.png")[0] == 0 and is_picture(tmp_path / "named.png")
 
 
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    fig, _ = plots.figure(1, 1, 1, 1)
+    plots.save(fig, tmp_path / "new" / "a.png")
+    before = (tmp_path / "new" / "a.png").read_bytes()
+
+    def full(path, **options):
+        path.write_bytes(before[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fig, "savefig", full)
+    with pytest.raises(OSError, match="No space left"):
+        plots.save(fig, tmp_path / "new" / "a.png")
+    assert plots.is_ours(tmp_path / "new" / "a.png") and (tmp_path / "new" / "a.png").read_bytes() == before
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
 def test_plot_filters(call, model, tmp_path):
     other = tmp_path / "pitch" / "model"
     torch.manual_seed(1)
@@ -136,6 +153,13 @@ def test_plot_filters(call, model, tmp_path):
     assert {p.name for p in (tmp_path / "new").iterdir()} == {
         "filters_tags.png", "filters_tags.npy", "filters_pitch.png", "filters_pitch.npy", "filters_curves.png",
     }  # fmt: skip
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "note.wav").write_text("no sound")
+    write_audio(tmp_path / "folder" / "b.wav", tone(0, 1, 2 * RATE), 2 * RATE)
+    code, _, err = call("plot-filters", model, "--sounds", tmp_path / "folder", "--out", tmp_path / "new")
+    assert code == 0 and "left out: " in err and "1 of 1 files resampled to 4000 Hz" in err
+    code, _, err = call("plot-filters", model, "piano", "--out", tmp_path / "none")
+    assert code == 2 and "piano: is not one of audio_transformer" in err and not (tmp_path / "none").exists()
     code, _, err = call("plot-filters", model, model)
     assert code == 2 and "must be different folders, got" in err
 

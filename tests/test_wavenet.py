@@ -315,6 +315,11 @@ def test_sound_and_lists_are_no_codes(call):
         call(make(n_class=64))
 
 
+def test_seconds_times_rate_are_no_number_of_samples():
+    with pytest.raises(TypeError, match="^n must be an integer, got 8000.0"):
+        make(n_class=64).generate(0.5 * 16000)
+
+
 def test_wrong_condition_and_label():
     model = make(**VARIANTS["all, width 3"])
     codes, options = inputs(model, 2, 20)

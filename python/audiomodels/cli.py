@@ -20,7 +20,7 @@ import audiokernels
 from audiomodels import checkpoint, peers
 from audiomodels._optional import require
 from audiomodels.commands import generators, taggers, units
-from audiomodels.commands.arguments import File, Name, check_not_read
+from audiomodels.commands.arguments import File, Name, check_folder, check_not_read
 from audiomodels.corpus.builder import CorpusError
 from audiomodels.demo import DemoConfig, DemoError, run
 from audiomodels.pretrained import ModelError, shipped, title
@@ -68,6 +68,7 @@ class Demo(DemoConfig):
     recording: File = None  # audio file to train on; default: a bundled one
 
     def run(self) -> None:
+        check_folder(self.out)
         for name in ("out.wav", "piano.wav", "original.wav"):
             check_not_read(self.out / name, self.recording)
         run(self)
@@ -125,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the words (default: those of the process) ask for; always ends in SystemExit."""
     logging.basicConfig(format="audiokernels: %(message)s")
     warnings.showwarning = lambda message, *_: print(f"audiokernels: {message}", file=sys.stderr)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a letter gets its number, not a traceback
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         words = sys.argv[1:] if arguments is None else list(arguments)
         if words == ["--version"]:

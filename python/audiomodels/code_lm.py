@@ -38,11 +38,11 @@ class CodeLMConfig:
     """Sizes of a CodeLM, and the codes that it speaks."""
 
     n_class: int = 256  # codes are 0 .. n_class - 1
-    n_layer: int = 6
-    n_head: int = 8
-    n_embd: int = 256
+    n_layer: int = 6  # transformer blocks
+    n_head: int = 8  # attention heads of a block
+    n_embd: int = 256  # width of the stream that blocks read and add to
     window: int = 512  # codes that an attention layer sees
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of numbers that training sets to zero
     haar: bool = False  # causal Haar pooling after every layer but the last
     condition_class: int = 0  # codes of the condition, a slower stream; 0: none
     condition_hop: int = 1  # codes that a code of the condition lasts

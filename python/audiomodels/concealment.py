@@ -141,14 +141,14 @@ def generated(model: Generator, *, candidates: int = 1, seed: int = 0, **options
     candidates: continuations that are drawn; the one whose squared error on the sound after the gap is least is taken.
     seed: of the draws; every gap has numbers of its own. options: of model.generate (temperature, top_k, top_p, dtype).
     """
-    if candidates < 1:
-        raise ValueError(f"candidates must be at least 1, got {candidates}")
+    if not 1 <= candidates <= 1024:
+        raise ValueError(f"candidates must be 1 .. 1024, got {candidates}")
     config = model.config
 
     def fill(past: Tensor, n: int, following: Tensor) -> Tensor:
         prompt = quantize.encode(past[-model.train_context :], config.companding, config.n_class)
         several = candidates if len(following) else 1
-        codes = model.generate(n + len(following), prompt, batch=several, seed=seed + len(past), **options)
+        codes = model.generate(n + len(following), prompt, batch=several, seed=(seed + len(past)) % 2**64, **options)
         sounds = quantize.decode(model.to_codes(codes), config.companding, config.n_class)
         return sounds[int((sounds[:, n:] - following).square().sum(1).argmin())]
 

@@ -1,5 +1,6 @@
 """What models that draw samples share: generate() and stream(), conditions and labels, the checks of their configs."""
 
+import numbers
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -52,6 +53,15 @@ def check_codes(codes: Tensor) -> None:
         raise ValueError(f"codes must have shape (batch, time), got {tuple(codes.shape)}")
 
 
+def check_counts(n: int, batch: int) -> None:
+    """TypeError or ValueError unless `batch` streams of n samples can be drawn; seconds * rate is no integer yet."""
+    for name, value in (("n", n), ("batch", batch)):
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+    if n < 0 or batch < 1:
+        raise ValueError(f"n must be >= 0 and batch >= 1, got n={n}, batch={batch}")
+
+
 def check_parameters(n_parameter: int) -> None:
     """ValueError for a model too large to be meant."""
     if n_parameter > MAX_PARAMETERS:
@@ -85,8 +95,9 @@ class Generator(Pretrained):
             options: condition, label, seed, batch, dtype, temperature, top_k, top_p: see `stream`, whose blocks these
                 codes are.
         """
-        dtype = torch.uint8 if self.config.n_class <= 256 else torch.int16
-        codes, done = torch.empty(options.get("batch", 1), max(0, n), dtype=dtype, device=self._device), 0
+        batch, dtype = options.get("batch", 1), torch.uint8 if self.config.n_class <= 256 else torch.int16
+        check_counts(n, batch)
+        codes, done = torch.empty(batch, n, dtype=dtype, device=self._device), 0
         with require("tqdm").tqdm(total=n, unit="sample", unit_scale=True, disable=not progress) as bar:
             if prompt is not None:
                 bar.set_description("reading the prompt")
@@ -126,8 +137,7 @@ class Generator(Pretrained):
 
         A WaveNet's blocks of any size, from another thread: audiokernels.WaveNetStream(model.pack(), ...).
         """
-        if n < 0 or batch < 1:
-            raise ValueError(f"n must be >= 0 and batch >= 1, got n={n}, batch={batch}")
+        check_counts(n, batch)
         device, sampling = self._device, audiokernels.Sampling(**sampling)
         prompt = _rows("prompt", torch.zeros(0, dtype=torch.uint8) if prompt is None else prompt, 2, batch)
         total = prompt.shape[1] + n

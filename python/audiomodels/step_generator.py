@@ -31,6 +31,8 @@ class StepGenerator(Generator):
 
     def to_codes(self, codes: Tensor) -> Tensor:
         """Codes from outside as int64 0 .. n_class - 1."""
+        if codes.is_floating_point():
+            raise TypeError(f"codes must be integers (see audiomodels.quantize), got {codes.dtype}")
         codes = codes.long()
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.config.n_class:
             raise ValueError(f"codes must be in 0 .. {self.config.n_class - 1}, got {codes.min()} .. {codes.max()}")

@@ -77,9 +77,13 @@ class UnitTraining:
     decoder_steps: int | None = None
     """Of the decoder's WaveNet, which is most of the work; default: as the others."""
     batch: int = 8
+    """Crops per step."""
     device: str = "auto"
+    """auto: a GPU where there is one."""
     seed: int = 0
+    """Of weights and crops."""
     progress: bool = True
+    """Show bars."""
     patches: PatchCodesConfig = field(default_factory=PatchCodesConfig)
     """The autoencoder's sizes; its n_code is that above."""
     lm: CodeLMConfig = field(default_factory=lambda: CodeLMConfig(n_layer=4, n_head=4, n_embd=128, window=256))
@@ -230,7 +234,7 @@ def continue_codes(models: Textless, codes: Tensor, n: int, *, seed: int = 0, **
     units = cb.collapse(codes)[0]
     made, position = [], len(units)
     for block in models.lm.stream(n, units, seed=seed, **sampling):
-        durations = models.durations.draw(block[0], seed=seed + 1, position=position)
+        durations = models.durations.draw(block[0], seed=(seed + 1) % 2**64, position=position)
         made.append(cb.expand(block[0], durations))
         position += block.shape[1]
         if sum(map(len, made)) >= n:

@@ -124,6 +124,8 @@ class TrainConfig:
         for name in ("weight_decay", "grad_clip", "save_every", "eval_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed must be in 0 .. 2**64 - 1, got {self.seed}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if self.keep < 1 or self.eval_targets < 1:
@@ -232,7 +234,7 @@ def score_blocks(
     """(log-probabilities, ranks) of the targets of each (recording, start, stop) block; see `evaluate`."""
     if context < 0 or batch < 1:
         raise ValueError(f"context must be at least 0 and batch at least 1, got {context} and {batch}")
-    device = next(model.parameters()).device
+    device = device_of_model(model)
     labels = recordings.labels if getattr(getattr(model, "config", None), "n_label", 0) else None
     was_training = model.training
     model.eval()
@@ -383,6 +385,7 @@ def fit(
             if on_step is not None:
                 on_step(run.step, bits)
             if run.stopping:
+                bar.close()  # it leaves the line
                 logger.warning("stopped by a signal, saved step %d in %s", run.step, config.out)
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
     return log.history
@@ -427,7 +430,7 @@ class _Run:
         if path is None:
             random.seed(self.config.seed + self.rank)
             np.random.seed((self.config.seed + self.rank) % 2**32)
-            torch.manual_seed(self.config.seed + self.rank)
+            torch.manual_seed((self.config.seed + self.rank) % 2**64)
             return
         self.step, state = checkpoint.load(path, model=self.model, optimizer=self.optimizer, rng=True)
         try:
@@ -569,6 +572,11 @@ def _place(model: nn.Module, config: TrainConfig) -> tuple[nn.Module, torch.opti
         return model, optimizer.optimizer, accelerator.device
     device = torch.device(device_of(config.device))
     return model.to(device), adamw(), device
+
+
+def device_of_model(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer is; the CPU for a model without any."""
+    return next((t.device for tensors in (model.parameters(), model.buffers()) for t in tensors), torch.device("cpu"))
 
 
 def device_of(name: str) -> str:

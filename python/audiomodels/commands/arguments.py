@@ -1,6 +1,7 @@
 """Arguments that several commands take, and what they must be."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,12 @@ def check_seconds(seconds: float, most: float = 3600) -> None:
     """ValueError unless seconds are above 0 and at most `most`."""
     if not 0 < seconds <= most:
         raise ValueError(f"--seconds must be above 0 and at most {most:g}, got {seconds:g}")
+
+
+def check_seed(seed: int) -> None:
+    """ValueError unless all random numbers here take it."""
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"--seed must be in 0 .. 2**64 - 1, got {seed}")
 
 
 def check_sound_file(out: Path, *read: Path | None) -> None:
@@ -52,17 +59,17 @@ def _check_file(out: Path, suffixes: tuple[str, ...]) -> None:
         raise ValueError(f"--out must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}, got {out}")
     if out.is_dir():
         raise ValueError(f"--out must be a file, {out} is a folder")
-    _check_writable(out)
+    _check_writable(out, out.absolute().parents)
 
 
 def check_folder(out: Path) -> None:
     """ValueError unless `out` is a folder or can become one."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, {out} is a file")
-    _check_writable(out / "file")
+    _check_writable(out, (out.absolute(), *out.absolute().parents))
 
 
-def _check_writable(out: Path) -> None:
-    above = next(folder for folder in out.absolute().parents if folder.exists())
+def _check_writable(out: Path, folders: Sequence[Path]) -> None:
+    above = next(folder for folder in folders if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise ValueError(f"--out {out} cannot be written: {above} is no folder that may be written to")

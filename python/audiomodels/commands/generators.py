@@ -27,6 +27,7 @@ from audiomodels.commands.arguments import (
     Out,
     check_picture_file,
     check_seconds,
+    check_seed,
     check_sound_file,
     check_unnamed_picture,
 )
@@ -43,6 +44,7 @@ from audiomodels.wave_rnn import WaveRNNConfig
 from audiomodels.wavenet import WaveNetConfig
 
 tyro = require("tyro")
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 ModelFolder = Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="MODEL")]
 MOST_CONTEXT = 1 << 16  # samples of context in training and evaluation, however far a model sees
 PROMPT_SECONDS = 10  # that are read, or more where a model sees more: a sample of a prompt costs as much as a new one
@@ -58,7 +60,7 @@ class Train:
 
     Into the folder OUT go checkpoints, log.jsonl and, at the end, `model` (for generate and evaluate), scores.json and
     report.png. The same command again goes on where it was stopped. Held out is the split "dev" of the data, or, where
-    it has no such split, the last 20 % of each recording.
+    it has no such split, the last 20 % of each recording. --context is never less than the model sees (up to 65536).
     """
 
     data: Data  # folder, manifest.jsonl, .npz pack or audio file
@@ -68,7 +70,7 @@ class Train:
 
     def run(self) -> None:
         if getattr(self.model, "condition_channels", 0) or getattr(self.model, "n_label", 0):
-            raise ValueError("train takes models without condition and labels; see audiomodels.fit for those")
+            raise ValueError("train takes models without condition and labels; see audiomodels.train.fit for those")
         head, held_out, what = splits(self.data, self.model, "dev", self.part)
         torch.manual_seed(self.training.seed)
         model = next(kind for kind in GENERATORS.values() if kind.config_class is type(self.model))(self.model)
@@ -93,7 +95,7 @@ class Train:
         plots.loss_curve(axis, history.step, history.bits, {"held out, at the end": scores[name].bits})
         axis = plots.add(fig, grid[0, 1], f"bits per sample on {what} (less is better)")
         plots.bars(axis, {name: s.bits for name, s in scores.items() if s.bits == s.bits}, "bits per sample")
-        fig.savefig(out / "report.png")
+        plots.save(fig, out / "report.png")
         print(table(judged))
         print(f"{out / 'model'}: audiokernels generate {out / 'model'}")
 
@@ -138,6 +140,7 @@ class Generate:
 
     def run(self) -> None:
         check_seconds(self.seconds)
+        check_seed(self.seed)
         if not 1 <= self.batch <= 1024:
             raise ValueError(f"--batch must be 1 .. 1024, got {self.batch}")
         for out in self._names():
@@ -207,6 +210,7 @@ class Conceal:
         for name in ("packet_ms", "fade_ms"):
             if not (0 if name == "fade_ms" else 0.1) <= getattr(self, name) <= 10_000:
                 raise ValueError(f"--{name.replace('_', '-')} is out of range, got {getattr(self, name):g}")
+        check_seed(self.seed)
         check_sound_file(self.out, self.file)
         picture = self.out.with_suffix(".png")
         check_unnamed_picture(picture)
@@ -293,13 +297,16 @@ class Evaluate:
             raise ValueError(
                 f"evaluate takes a MODEL folder and DATA, or --model package:Class and DATA; got {given} paths"
             )
-        kind = SimpleNamespace(sample_rate=self.sample_rate, companding=self.companding, n_class=256)
         model = load(self.paths[0]) if self.model is None else imported(self.model)
-        config = getattr(model, "config", kind)
+        config = getattr(model, "config", None)
+        if self.model is not None:  # a config of somebody else's may lack what ours have
+            kind = {"sample_rate": self.sample_rate, "companding": self.companding, "n_class": 256}
+            kind = {name: getattr(config, name, value) for name, value in kind.items()}
+            config = SimpleNamespace(**kind, condition_channels=getattr(config, "condition_channels", 0))
         if getattr(config, "condition_channels", 0):
-            raise ValueError(f"{self.model or self.paths[0]}: needs a condition; see audiomodels.evaluate")
+            raise ValueError(f"{self.model or self.paths[0]}: needs a condition; see audiomodels.train.evaluate")
         if self.model is not None and not score.causal(model, config.n_class):
-            raise ValueError(f"{self.model}: is not causal: logits depend on later codes, so its scores mean nothing")
+            raise ValueError(f"{self.model}: is not causal: logits depend on later codes (or on chance)")
         data = self.paths[-1]
         head, held_out, what = splits(data, config, self.split, self.part)
         print(f"{data}, {what}: {held_out.seconds:.1f} s at {config.sample_rate} Hz, {config.companding}")
@@ -337,10 +344,10 @@ class Reproduce:
     results: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RESULTS")]  # generators.json
     row: str  # its name in the file
     out: Path  # folder of this run
-    seed: int = 0
-    part: str = "piano"
-    companding: Literal["mulaw", "linear"] = "mulaw"
-    data: File = None  # corpus folder; not needed where OUT/data holds its codes
+    seed: int = 0  # of the run in the file, as part and companding
+    part: str = "piano"  # of the corpus
+    companding: Literal["mulaw", "linear"] = "mulaw"  # of its codes
+    data: Folder = None  # corpus folder; not needed where OUT/data holds its codes
     device: str = "auto"  # a GPU where there is one
 
     def run(self) -> None:
@@ -376,7 +383,7 @@ def splits(source: Path, config: Any, split: str, part: str | None) -> tuple[Rec
 def imported(name: str) -> torch.nn.Module:
     """The module that "package:Class" gives when it is called without arguments."""
     package, _, kind = name.partition(":")
-    if not package or not kind:
+    if not package or not kind or package.startswith("."):
         raise ValueError(f"--model must be package:Class, got {name}")
     sys.path.insert(0, os.getcwd())  # as python -m has it
     made = getattr(importlib.import_module(package), kind, None)

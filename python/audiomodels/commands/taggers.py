@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +13,7 @@ import torch
 
 from audiomodels import checkpoint, filters, plots
 from audiomodels._optional import require
-from audiomodels.audio import read_audio
+from audiomodels.audio import AudioError, AudioNotice, read_audio, read_mono
 from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
 from audiomodels.cnn import CNN, CNNConfig
 from audiomodels.commands.arguments import (
@@ -21,6 +22,7 @@ from audiomodels.commands.arguments import (
     OutFolder,
     check_folder,
     check_picture_file,
+    check_seed,
     check_unnamed_picture,
 )
 from audiomodels.compare.taggers import CompareTaggersConfig, TaggerComparison
@@ -79,7 +81,7 @@ class _TrainTagger:
         found = score_clips(model, dev)
         scores = tag_scores(found, dev.labels)
         (out / "scores.json").write_text(json.dumps(dataclasses.asdict(scores), indent=2))
-        _report(history, scores, average_precisions(found, dev.labels), dev.names).savefig(out / "report.png")
+        plots.save(_report(history, scores, average_precisions(found, dev.labels), dev.names), out / "report.png")
         print(f"mAP {scores.mean_ap:.3f} over {scores.n_scored} labels ({scores.n_skipped} skipped: no clip of dev has "
               f"them); frame AP {scores.frame_ap:.3f}, note F1 {scores.note_f1:.3f}")  # fmt: skip
         print(f"{out / 'model'}: audiokernels tag FILE --model {out / 'model'}")
@@ -205,16 +207,17 @@ class PlotFilters:
     def run(self) -> None:
         if not self.models:
             raise ValueError("at least one MODEL must be given")
-        banks, tasks, sounds, names = {}, {}, {}, _short_names(self.models)
+        check_seed(self.seed)
         check_folder(self.out)
-        for folder, name in zip(self.models, names, strict=True):
-            model = load(folder, {"audio_transformer": AudioTransformer})
+        banks, tasks, names = {}, {}, _short_names(self.models)
+        models = [load(folder, {"audio_transformer": AudioTransformer}) for folder in self.models]
+        if len({model.config.sample_rate for model in models}) > 1:
+            raise ValueError("MODEL... must have one sample rate to share a plot")
+        sounds = _sounds(self.sounds or clips(), models[0].config.sample_rate)
+        for model, name in zip(models, names, strict=True):
             config = model.config
             bank = filters.filter_bank(model.filters.weight, config.sample_rate)
-            if config.sample_rate not in sounds:
-                files = [row["file"] for row in rows_of(self.sounds or clips())[:2000]]
-                sounds[config.sample_rate] = [read_audio(file, sample_rate=config.sample_rate)[0] for file in files]
-            patches = filters.patches_of(sounds[config.sample_rate], config.patch)
+            patches = filters.patches_of(sounds, config.patch)
             torch.manual_seed(self.seed)
             untrained = AudioTransformer(config).filters.weight
             controls = {
@@ -222,8 +225,7 @@ class PlotFilters:
                 "principal components": filters.filter_bank(filters.principal_components(patches), config.sample_rate),
             }
             spectrum = filters.mean_spectrum(patches)
-            self.out.mkdir(parents=True, exist_ok=True)
-            filters.draw(bank, controls, spectrum, name).savefig(self.out / f"filters_{name}.png")
+            plots.save(filters.draw(bank, controls, spectrum, name), self.out / f"filters_{name}.png")
             np.save(self.out / f"filters_{name}.npy", bank.centre.numpy())
             found = filters.kinds(bank)
             counts = ", ".join(f"{found.count(kind):,} {kind}" for kind in filters.KINDS)
@@ -233,9 +235,7 @@ class PlotFilters:
             print(self.out / f"filters_{name}.png")
             banks[name], tasks[name] = bank, " ".join(config.labels) or f"{config.n_class} labels"
         if len(banks) > 1:
-            if len({bank.sample_rate for bank in banks.values()}) > 1:
-                raise ValueError("MODEL... must have one sample rate to share a plot")
-            filters.draw_tasks(banks, tasks, controls, spectrum).savefig(self.out / "filters_curves.png")
+            plots.save(filters.draw_tasks(banks, tasks, controls, spectrum), self.out / "filters_curves.png")
             for a, b in itertools.combinations(names, 2):
                 print(f"{a} and {b}: {filters.curve_distance(banks[a], banks[b]):,.0f} Hz apart")
             for kind, apart in filters.distances(banks, tasks).items():
@@ -254,6 +254,26 @@ class CompareTaggers(CompareTaggersConfig):
 
     def run(self) -> None:
         TaggerComparison(self).run()
+
+
+def _sounds(source: Path, rate: int) -> list[torch.Tensor]:
+    """The first 2,000 sounds of a data set, at `rate`; as Recordings.load, it leaves out what a folder has beside."""
+    sounds, resampled = [], 0
+    for row in rows_of(source)[:2000]:
+        try:
+            audio, info = read_mono(row["file"], sample_rate=rate)
+        except AudioError as error:
+            if not row.get("optional"):
+                raise
+            warnings.warn(f"left out: {error}", AudioNotice, stacklevel=2)
+            continue
+        resampled += info.sample_rate != rate
+        sounds.append(audio)
+    if not sounds:
+        raise AudioError(f"{source}: none of its audio files can be read")
+    if resampled:
+        warnings.warn(f"{source}: {resampled} of {len(sounds)} files resampled to {rate} Hz", AudioNotice, stacklevel=2)
+    return sounds
 
 
 def _short_names(folders: tuple[Path, ...]) -> list[str]:

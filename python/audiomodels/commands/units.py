@@ -7,7 +7,7 @@ from typing import Annotated
 from audiomodels import textless
 from audiomodels._optional import require
 from audiomodels.audio import read_audio, write_audio
-from audiomodels.commands.arguments import AudioFile, Data, Name, Out, check_seconds, check_sound_file
+from audiomodels.commands.arguments import AudioFile, Data, Name, Out, check_seconds, check_seed, check_sound_file
 from audiomodels.compare.representations import CompareRepresentationsConfig, RepresentationComparison
 from audiomodels.data import Recordings
 
@@ -56,6 +56,7 @@ class Continue:
 
     def run(self) -> None:
         check_seconds(self.seconds)
+        check_seed(self.seed)
         check_sound_file(self.out, self.file)
         models = textless.load(self.models)
         audio, _ = read_audio(self.file, sample_rate=models.coder.sample_rate)

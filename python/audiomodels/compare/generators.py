@@ -39,9 +39,9 @@ class CompareConfig:
     out: Path = Path("runs/compare")  # runs and the codes of the data go here
     results: Path | None = None  # folder of generators.json, .md and .png; default: OUT
     protocol: Literal["smoke", "compact", "h100"] = "compact"  # sizes: a test of plumbing; a CPU; one H100
-    parts: tuple[str, ...] = ("piano", "speech")
-    compandings: tuple[str, ...] = ("mulaw", "linear")
-    seeds: tuple[int, ...] = (0, 1, 2)
+    parts: tuple[str, ...] = ("piano", "speech")  # of the corpus
+    compandings: tuple[str, ...] = ("mulaw", "linear")  # of the 8-bit codes
+    seeds: tuple[int, ...] = (0, 1, 2)  # each row is trained once with each
     rows: tuple[str, ...] = ()  # names of rows; default: all of the table
     sweep: Literal["none", "data", "size"] = "none"  # add rows on 1/8 .. 1/2 of the data, or of other widths
     targets: int | None = None  # of each row, instead of the protocol's

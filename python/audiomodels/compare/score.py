@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from audiomodels.compare import predictors
 from audiomodels.compare.bootstrap import Units
 from audiomodels.compare.generator_data import unit_of
-from audiomodels.train import Scores, Tally, score_blocks, target_blocks
+from audiomodels.train import Scores, Tally, device_of_model, score_blocks, target_blocks
 
 Block = tuple[int, int, int]  # recording, first target, end
 
@@ -117,13 +117,22 @@ def causal(model: nn.Module, n_class: int, *, length: int = 4096, seed: int = 0)
     """Whether the logits at t depend on the codes up to t alone: other codes from t0 on leave those before bit-equal.
 
     Five places t0, random codes. Reads ahead by any number of samples are seen, unless their weight is exactly 0.
+    ValueError where the model does not give logits (batch, time, n_class), or NaN.
     """
     generator = torch.Generator().manual_seed(seed)
-    device, was_training = next(model.parameters()).device, model.training
+    device, was_training = device_of_model(model), model.training
     model.eval()
     try:
         codes = torch.randint(0, n_class, (2, length), generator=generator).to(device)
         before = model(codes)
+        if not isinstance(before, Tensor) or not before.is_floating_point():
+            came = before.dtype if isinstance(before, Tensor) else type(before).__name__
+            raise ValueError(f"{type(model).__name__} must give a tensor of floating-point logits, got {came}")
+        if before.shape != (2, length, n_class):
+            shapes = f"{(2, length, n_class)} for codes {(2, length)}, got {tuple(before.shape)}"
+            raise ValueError(f"{type(model).__name__} must give logits (batch, time, n_class): {shapes}")
+        if before.isnan().any():
+            raise ValueError(f"{type(model).__name__} must give logits that are numbers, got NaN")
         for t in (1, length // 3, length // 2, length - 2, length - 1):
             other = codes.clone()
             other[:, t:] = (

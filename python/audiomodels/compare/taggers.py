@@ -105,8 +105,8 @@ class CompareTaggersConfig:
     data: Path  # corpus folder, as build-corpus writes
     out: Path = Path("runs/compare-taggers")  # runs and tables go here
     protocol: Literal["smoke", "compact", "h100"] = "compact"  # a test of plumbing; two CPU cores; one GPU
-    tasks: tuple[Literal["tags", "pitch"], ...] = ("tags", "pitch")
-    seeds: tuple[int, ...] = (0, 1, 2)
+    tasks: tuple[Literal["tags", "pitch"], ...] = ("tags", "pitch")  # sound events; notes of chords
+    seeds: tuple[int, ...] = (0, 1, 2)  # each row is trained once with each
     rows: tuple[str, ...] = ()  # names of rows; default: all that the protocol does not leave out
     steps: int | None = None  # of each row, instead of the protocol's
     budget_hours: float | None = None  # begin no run after this time

@@ -56,13 +56,13 @@ class CorpusConfig:
 
     out: Path  # folder, which must not hold a corpus yet
     cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "audio-corpus")  # downloaded packages
-    parts: tuple[str, ...] = tuple(PARTS)
+    parts: tuple[str, ...] = tuple(PARTS)  # what is built
     quick: bool = False  # about two minutes of each part
     free: bool = False  # speech and tags alone, without what is under the GPL: for models that are given away
     recipe: Path | None = None  # a JSON file to build instead; parts missing there are not built
     pack: bool = False  # also write 8-bit mu-law npz files
     rate: int = 16000  # Hz
-    seed: int = 0
+    seed: int = 0  # of all random choices
     jobs: int = os.cpu_count() or 1  # processes
 
     def __post_init__(self) -> None:
