@@ -247,10 +247,10 @@ number more tonal. Means and ranges over the sounds of this page:</p>
 <p>So, in these figures and in the pictures: the continuations have the average spectrum of a piano. They also
 have attacks, decays and partials, the horizontal lines of the prompt, but many at once, smeared, in no key; the
 WaveNet's are 5 dB too quiet, the transformer's as loud as the piece, with more noise. Neither figure sees most of that:
-both are taken of averages over time. piano-units goes on with clear lines; it has nothing above 4 kHz, so its distance and
-flatness are not to be compared with the others'. The models are small (the generators see a fifth of a second) and were
-trained for about an hour of one processor core, piano-units for a quarter of one. Bits per sample with intervals, and
-what else they cannot do, stand in their cards, <code>python/audiomodels/checkpoints/</code>.
+both are taken of averages over time. piano-units goes on with clear lines; it has nothing above 4 kHz, so its distance
+and flatness are not to be compared with the others'. The models are small (the generators see a fifth of a second) and
+were trained for about an hour of one processor core, piano-units for a quarter of one. Bits per sample with intervals,
+and what else they cannot do, stand in their cards, <code>python/audiomodels/checkpoints/</code>.
 Files are Ogg Vorbis; <code>samples.json</code> lists the source and licence of every one.
 <code>python docs/samples/make_samples.py CORPUS</code> makes this page; one of the sounds again, as WAV:
 <code>audiokernels generate piano --prompt PROMPT.wav --seconds {SECONDS} --seed 0 --dtype bf16</code>.</p>
