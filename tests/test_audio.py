@@ -20,7 +20,7 @@ import pytest
 import soundfile
 import torch
 from audiomodels import _optional
-from audiomodels.audio import AudioError, AudioInfo, AudioNotice, audio_info, read_audio, write_audio
+from audiomodels.audio import AudioError, AudioInfo, AudioNotice, audio_info, is_ours, read_audio, write_audio
 from audiomodels.data import clips
 
 RATE = 16000
@@ -352,14 +352,23 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.wav"
     write_audio(path, torch.tensor([0.25]), RATE)
 
-    def half(file, data, *_, **__):
-        Path(file).write_bytes(b"RIFF")
+    def half(file, data):
+        Path(os.fsdecode(file.name)).write_bytes(b"RIFF")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(soundfile, "write", half)
+    monkeypatch.setattr(soundfile.SoundFile, "write", half)
     with pytest.raises(AudioError, match="cannot be written: No space left"):
         write_audio(path, torch.zeros(1000), RATE)
     assert os.listdir(tmp_path) == ["a.wav"] and read_audio(path)[0].tolist() == [0.25]
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_a_file_says_that_it_was_made_here(tmp_path, suffix):
+    path, other = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    write_audio(path, torch.tensor([0.25]), RATE)
+    soundfile.write(other, [0.25], RATE)
+    (tmp_path / "c.wav").write_text("audiokernels")
+    assert is_ours(path) and not is_ours(other) and not is_ours(tmp_path / "c.wav")
 
 
 # -------------------------------------------------------------------------------------- hostile files, in one process

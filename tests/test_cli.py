@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ import torch
 pytest.importorskip("tyro")
 from audiomodels import cli, demo, quantize
 from audiomodels.audio import read_audio, write_audio
+from audiomodels.audio_transformer import AudioTransformer, AudioTransformerConfig
 from audiomodels.commands import generators
+from audiomodels.sample_transformer import SampleTransformer, SampleTransformerConfig
 from audiomodels.wavenet import WaveNet, WaveNetConfig
 
 import audiokernels
@@ -124,6 +127,35 @@ def test_a_file_that_is_read_is_not_written(call, model, data, tmp_path, words):
     code, _, err = call(*words.format(model=model, folder=folder, file=folder / "a.wav").split())
     assert code == 2 and "--out must be another file than" in err
     assert all(file.read_bytes() == (data / "a.wav").read_bytes() for file in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("generate MODEL --seconds 0.01", "out.wav"),
+        ("generate MODEL --seconds 0.01 --batch 2", "out_1.wav"),
+        ("conceal DATA/a.wav --model MODEL --gaps 0.1:0.01 --candidates 1", "out.wav"),
+        ("continue DATA/a.wav", "out.wav"),
+        ("plot-attention TRANSFORMER DATA/a.wav --seconds 0.05", "attention.png"),
+        ("plot-filters TAGGER", "filters_tagger.png"),
+    ],
+)
+def test_a_file_that_nobody_named_replaces_only_what_was_made_here(
+    call, model, data, tmp_path, monkeypatch, words, name
+):
+    monkeypatch.chdir(tmp_path)
+    SampleTransformer(SampleTransformerConfig(n_layer=1, n_head=1, n_embd=8, window=16)).save_pretrained("transformer")
+    AudioTransformer(AudioTransformerConfig(n_layer=1, n_head=1, n_embd=8, n_class=4)).save_pretrained("tagger")
+    for word, path in {"MODEL": model, "DATA": data, "TRANSFORMER": "transformer", "TAGGER": "tagger"}.items():
+        words = words.replace(word, str(path))
+    Path(name).write_bytes(b"a recording")
+    code, out, err = call(*words.split())
+    assert code == 2 and f"{name} is there already, and audiokernels did not make it" in err and out == ""
+    assert Path(name).read_bytes() == b"a recording"
+    if words.startswith("continue"):  # with the models that come along it takes long
+        return
+    Path(name).unlink()
+    assert [call(*words.split())[0] for _ in range(2)] == [0, 0]
 
 
 def test_generate_resamples_a_prompt_with_a_notice(call, model, tmp_path):

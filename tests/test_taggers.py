@@ -118,7 +118,7 @@ def test_a_picture_that_nobody_named_replaces_only_its_like(call, model, tmp_pat
     for words, picture in ((tag, tmp_path / "b_tags.png"), (draw, tmp_path / "b.png")):
         picture.write_bytes(b"a photograph")
         code, out, err = call(*words)
-        assert code == 2 and f"{picture.name} is there already, and not a picture that audiokernels made" in err
+        assert code == 2 and f"{picture.name} is there already, and audiokernels did not make it" in err
         assert out == "" and picture.read_bytes() == b"a photograph"
         picture.unlink()
         assert call(*words)[0] == 0 and is_picture(picture) and call(*words)[0] == 0

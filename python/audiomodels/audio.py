@@ -23,6 +23,7 @@ from torch import Tensor
 
 from audiomodels._optional import require
 
+MAKER = "audiokernels"  # of written files, in their metadata
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1000, 768000
 MAX_CHANNELS = 64
 _BLOCK_SAMPLES = 1 << 18  # what is decoded at a time, all channels together: 1 MB as float32
@@ -107,9 +108,9 @@ def write_audio(path: str | os.PathLike, audio: Tensor | np.ndarray, sample_rate
     """Write mono audio as 16-bit PCM, WAV or FLAC by the suffix (.wav, .flac), at once or not at all.
 
     audio: (time,) floating point, full scale [-1, 1]; what lies outside is clipped, with an AudioNotice. The file is
-    written beside its place and then renamed, so that a reader never sees half of it. A file of 16-bit samples that
-    was read comes back bit for bit. Errors: TypeError or ValueError for a wrong argument (NaN and infinity among them),
-    AudioError where the file cannot be written.
+    written beside its place and then renamed, so that a reader never sees half of it. It says that it was made here
+    (`is_ours`). A file of 16-bit samples that was read comes back bit for bit. Errors: TypeError or ValueError for a
+    wrong argument (NaN and infinity among them), AudioError where the file cannot be written.
     """
     check_sample_rate(sample_rate)
     path = Path(path)
@@ -132,12 +133,24 @@ def write_audio(path: str | os.PathLike, audio: Tensor | np.ndarray, sample_rate
     soundfile = require("soundfile")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        soundfile.write(_name(part), codes, sample_rate, format=formats[path.suffix.lower()], subtype="PCM_16")
+        kind = {"format": formats[path.suffix.lower()], "subtype": "PCM_16"}
+        with soundfile.SoundFile(_name(part), "w", sample_rate, 1, **kind) as file:
+            file.software = MAKER
+            file.write(codes)
         os.replace(part, path)
     except (soundfile.SoundFileError, OSError) as error:
         raise AudioError(f"{path}: cannot be written: {error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def is_ours(path: str | os.PathLike) -> bool:
+    """Whether a file is sound that `write_audio` wrote, which the same command may write anew."""
+    try:
+        with _opened(path) as file:
+            return file.software.startswith(MAKER)
+    except AudioError:
+        return False
 
 
 def check_sample_rate(sample_rate: int) -> None:

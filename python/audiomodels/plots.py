@@ -14,11 +14,11 @@ from torch import Tensor
 
 from audiomodels import features
 from audiomodels._optional import require
+from audiomodels.audio import MAKER
 
 Axes = Figure = GridSpec = SubplotSpec = AxesImage = Any  # matplotlib's classes, which importing this does not import
 
 BLUE, ORANGE, GREY = "#2a6fb0", "#d9772b", "#9aa4ad"
-MAKER = "audiokernels"  # of pictures, in their files
 FLOOR_DB = -80.0  # of a spectrogram, below its loudest point
 
 

@@ -1,11 +1,11 @@
 """Arguments that several commands take, and what they must be."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from audiomodels import plots
+from audiomodels import audio, plots
 from audiomodels._optional import require
 
 tyro = require("tyro")
@@ -13,7 +13,7 @@ Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
 AudioFile = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
 File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
-Out = Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+Out = Annotated[Path | None, tyro.conf.arg(aliases=("-o",), metavar="FILE")]
 OutFolder = Annotated[Path, tyro.conf.arg(metavar="DIR", aliases=("-o",))]
 
 
@@ -29,10 +29,14 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"--seed must be in 0 .. 2**64 - 1, got {seed}")
 
 
-def check_sound_file(out: Path, *read: Path | None) -> None:
-    """ValueError unless `out` can be written as sound and is none of the files `read`; said before the work."""
+def check_sound_file(out: Path, *read: Path | None, named: bool = True) -> None:
+    """ValueError unless `out` can be written as sound and is none of the files `read`; said before the work.
+
+    A name that the user did not give (`named`) replaces nothing but what was made here.
+    """
     _check_file(out, (".wav", ".flac"))
     check_not_read(out, *read)
+    _check_replaced(out, named, audio.is_ours)
 
 
 def check_not_read(out: Path, *read: Path | None) -> None:
@@ -42,16 +46,15 @@ def check_not_read(out: Path, *read: Path | None) -> None:
             raise ValueError(f"--out must be another file than {file}, which is read and would be lost")
 
 
-def check_picture_file(out: Path) -> None:
+def check_picture_file(out: Path, *, named: bool = True) -> None:
     """The same of a picture."""
     _check_file(out, (".png", ".pdf", ".svg"))
+    _check_replaced(out, named, plots.is_ours)
 
 
-def check_unnamed_picture(out: Path) -> None:
-    """The same of a picture whose name the user did not give: it replaces nothing but a picture that was made here."""
-    check_picture_file(out)
-    if out.exists() and not plots.is_ours(out):
-        raise ValueError(f"{out} is there already, and not a picture that audiokernels made: move it, or change --out")
+def _check_replaced(out: Path, named: bool, is_ours: Callable[[Path], bool]) -> None:
+    if not named and out.exists() and not is_ours(out):
+        raise ValueError(f"{out} is there already, and audiokernels did not make it: move it, or give another --out")
 
 
 def _check_file(out: Path, suffixes: tuple[str, ...]) -> None:

@@ -28,7 +28,6 @@ from audiomodels.commands.arguments import (
     check_seconds,
     check_seed,
     check_sound_file,
-    check_unnamed_picture,
 )
 from audiomodels.compare import bootstrap, predictors, score
 from audiomodels.compare.generators import CompareConfig, Comparison, reproduce
@@ -127,7 +126,7 @@ class Generate:
 
     folder: ModelFolder = None  # folder with config.json and model.safetensors, or the name of a shipped model
     model: Name = None  # the same
-    out: Out = Path("out.wav")  # .wav or .flac; with --batch 2: out_0.wav, out_1.wav
+    out: Out = None  # .wav or .flac; default: out.wav; with --batch 2: out_0.wav, out_1.wav
     seconds: float = 4.0  # of new sound
     prompt: File = None  # audio file to continue, by its last 10 seconds; it is not part of the result
     temperature: float = 1.0  # 0: always the most probable sample
@@ -143,7 +142,7 @@ class Generate:
         if not 1 <= self.batch <= 1024:
             raise ValueError(f"--batch must be 1 .. 1024, got {self.batch}")
         for out in self._names():
-            check_sound_file(out, self.prompt)
+            check_sound_file(out, self.prompt, named=self.out is not None)
         if (self.folder is None) == (self.model is None):
             names = ", ".join(shipped_of(GENERATORS)) or "none"
             raise ValueError(f"generate takes one MODEL: a folder, or one of the models shipped: {names}")
@@ -166,7 +165,7 @@ class Generate:
             progress=True,
         )
         took = time.monotonic() - started
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._names()[0].parent.mkdir(parents=True, exist_ok=True)
         rows = quantize.decode(model.to_codes(codes), config.companding, config.n_class)
         for name, audio in zip(self._names(), rows, strict=True):
             write_audio(name, audio, config.sample_rate)
@@ -175,9 +174,8 @@ class Generate:
         print(f"{rate:,.0f} samples/s, {rate / self.batch / config.sample_rate:.2f} x real time a stream")
 
     def _names(self) -> list[Path]:
-        if self.batch == 1:
-            return [self.out]
-        return [self.out.with_stem(f"{self.out.stem}_{row}") for row in range(self.batch)]
+        out = self.out or Path("out.wav")
+        return [out] if self.batch == 1 else [out.with_stem(f"{out.stem}_{row}") for row in range(self.batch)]
 
 
 @dataclass
@@ -194,7 +192,7 @@ class Conceal:
     loss_rate: float | None = None  # instead of --gaps: drop packets at random with this probability
     packet_ms: float = 20.0  # length of a packet
     model: str = "piano"  # model folder, or the name of a shipped model
-    out: Out = Path("out.wav")  # .wav or .flac; the picture is OUT.png
+    out: Out = None  # .wav or .flac; default: out.wav; the picture is OUT.png
     candidates: int = 8  # continuations to draw; the one that meets the sound after the gap best is taken
     fade_ms: float = 5.0  # over which the filling gives way to the sound after the gap
     temperature: float = 1.0  # 0: always the most probable sample
@@ -210,9 +208,10 @@ class Conceal:
             if not (0 if name == "fade_ms" else 0.1) <= getattr(self, name) <= 10_000:
                 raise ValueError(f"--{name.replace('_', '-')} is out of range, got {getattr(self, name):g}")
         check_seed(self.seed)
-        check_sound_file(self.out, self.file)
-        picture = self.out.with_suffix(".png")
-        check_unnamed_picture(picture)
+        out = self.out or Path("out.wav")
+        check_sound_file(out, self.file, named=self.out is not None)
+        picture = out.with_suffix(".png")
+        check_picture_file(picture, named=False)
         model = unconditional(self.model)
         audio, rate = read_audio(self.file, sample_rate=model.config.sample_rate)
         packet, fade = max(1, round(self.packet_ms * rate / 1000)), round(self.fade_ms * rate / 1000)
@@ -236,9 +235,9 @@ class Conceal:
             name: concealment.conceal(audio, gaps, fade, fill, progress=name == type(model).__name__)
             for name, fill in fillers.items()
         }
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        write_audio(self.out, filled[type(model).__name__], rate)
-        print(self.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_audio(out, filled[type(model).__name__], rate)
+        print(out)
         if not any(audio[gap.start : gap.end].any() for gap in gaps):
             print("the recording is silent in all gaps: nothing to compare with")
             return
@@ -254,12 +253,13 @@ class PlotAttention:
 
     model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]  # a SampleTransformer: folder or name
     file: AudioFile  # audio file; read at the model's rate
-    out: Out = Path("attention.png")  # .png, .pdf or .svg
+    out: Out = None  # .png, .pdf or .svg; default: attention.png
     seconds: float = 4.0  # of the recording, from its start
 
     def run(self) -> None:
         check_seconds(self.seconds, 600)
-        check_picture_file(self.out)
+        out = self.out or Path("attention.png")
+        check_picture_file(out, named=self.out is not None)
         model = unconditional(self.model, {"sample_transformer": SampleTransformer})
         config = model.config
         audio, rate = read_audio(self.file, sample_rate=config.sample_rate)
@@ -267,8 +267,8 @@ class PlotAttention:
         lags = attention_lags.attention_lags(model, codes)
         print(attention_lags.table(lags))
         print(f"mean over {len(codes) - config.n_layer * (config.window - 1):,} samples")
-        plots.save(attention_lags.picture(lags, f"{self.model.name} on {self.file.name}"), self.out)
-        print(self.out)
+        plots.save(attention_lags.picture(lags, f"{self.model.name} on {self.file.name}"), out)
+        print(out)
 
 
 @dataclass

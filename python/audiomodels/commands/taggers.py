@@ -19,11 +19,11 @@ from audiomodels.cnn import CNN, CNNConfig
 from audiomodels.commands.arguments import (
     AudioFile,
     Data,
+    Out,
     OutFolder,
     check_folder,
     check_picture_file,
     check_seed,
-    check_unnamed_picture,
 )
 from audiomodels.compare.taggers import CompareTaggersConfig, TaggerComparison
 from audiomodels.data import clips, rows_of
@@ -37,7 +37,6 @@ tyro = require("tyro")
 Files = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE...")]
 Models = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="MODEL...")]
 Folder = Annotated[Path, tyro.conf.arg(metavar="DIR")]
-Picture = Annotated[Path | None, tyro.conf.arg(metavar="PNG", aliases=("-o",))]
 TAGGERS: dict[str, type[Tagger]] = {"audio_transformer": AudioTransformer, "cnn": CNN}
 
 
@@ -130,13 +129,13 @@ class Tag:
     file: AudioFile  # any sound file
     model: Folder = Path("tagger")  # one that comes with the package, or a folder of `train --model audio_transformer`
     top: int = 8  # labels shown
-    out: Picture = None  # the picture; default: FILE's name + _tags.png, here
+    out: Out = None  # .png, .pdf or .svg; default: FILE's name + _tags.png, here
 
     def run(self) -> None:
         if self.top < 1:
             raise ValueError(f"--top must be at least 1, got {self.top}")
         path = self.out or Path(f"{self.file.stem}_tags.png")
-        (check_picture_file if self.out else check_unnamed_picture)(path)
+        check_picture_file(path, named=self.out is not None)
         model = load(self.model, TAGGERS)
         config = model.config
         audio, rate = read_audio(self.file, sample_rate=config.sample_rate)
@@ -179,7 +178,7 @@ class Spectrogram:
             raise ValueError("FILE... must have different names, so that each has a picture of its own")
         check_folder(self.out)
         for picture in pictures:
-            check_unnamed_picture(picture)
+            check_picture_file(picture, named=False)
         for file, picture in zip(self.files, pictures, strict=True):
             audio, rate = read_audio(file)
             fig, grid = plots.figure(11, 2.3 * len(self.kinds), len(self.kinds), 1)
@@ -210,6 +209,8 @@ class PlotFilters:
         check_seed(self.seed)
         check_folder(self.out)
         banks, tasks, names = {}, {}, _short_names(self.models)
+        for name in [*names, "curves"] if len(names) > 1 else names:
+            check_picture_file(self.out / f"filters_{name}.png", named=False)
         models = [load(folder, {"audio_transformer": AudioTransformer}) for folder in self.models]
         if len({model.config.sample_rate for model in models}) > 1:
             raise ValueError("MODEL... must have one sample rate to share a plot")

@@ -48,7 +48,7 @@ class Continue:
     file: AudioFile  # audio file to continue
     models: Models = Path("piano-units")  # name of shipped models, or folder that train-units wrote
     seconds: float = 5.0  # of new sound
-    out: Out = Path("out.wav")  # .wav or .flac
+    out: Out = None  # .wav or .flac; default: out.wav
     temperature: float = 1.0  # 0: always the most probable unit and sample
     top_k: int | None = None  # draw only from so many most probable ones
     top_p: float | None = None  # draw only from the fewest most probable ones that hold this share, for example 0.9
@@ -57,14 +57,15 @@ class Continue:
     def run(self) -> None:
         check_seconds(self.seconds)
         check_seed(self.seed)
-        check_sound_file(self.out, self.file)
+        out = self.out or Path("out.wav")
+        check_sound_file(out, self.file, named=self.out is not None)
         models = textless.load(self.models)
         audio, _ = read_audio(self.file, sample_rate=models.coder.sample_rate)
         sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         sound = textless.continue_sound(models, audio, self.seconds, seed=self.seed, progress=True, **sampling)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        write_audio(self.out, sound, models.coder.sample_rate)
-        print(self.out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_audio(out, sound, models.coder.sample_rate)
+        print(out)
 
 
 @dataclass
