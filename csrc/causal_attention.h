@@ -3,18 +3,13 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "isa.h"
 
 namespace audiokernels {
 
 // Never a shared inline copy: this header is compiled once per instruction set.
 #define AUDIOKERNELS_INLINE __attribute__((always_inline)) inline
-
-enum class AttentionDtype { float32, bfloat16, float16, float64 };
-
-AUDIOKERNELS_INLINE int64_t attention_bytes(AttentionDtype dtype) {
-  return dtype == AttentionDtype::float64 ? 8 : dtype == AttentionDtype::float32 ? 4 : 2;
-}
 
 // A (batch, heads, rows, headdim) tensor of the call's dtype; strides in elements.
 struct AttentionTensor {
@@ -47,7 +42,7 @@ struct AttentionSizes {
   int64_t batch, nheads, nheads_kv, seqlen_q, seqlen_k, headdim;
   int64_t window;  // keys that a query sees, itself among them; at most seqlen_k
   double scale;
-  AttentionDtype dtype;
+  Dtype dtype;
   int64_t group;  // query heads that share keys and values
 
   AUDIOKERNELS_INLINE int64_t key_of(int64_t q) const {
@@ -128,34 +123,17 @@ struct AttentionDecode : AttentionSizes {
 // Of attention_read: a unit is attention_unit_rows of a head of a (batch, heads, rows, headdim) tensor; they become
 // words, with zeros in the padding. Of attention_backward: (batch, kv head, segment); of attention_decode: (batch, kv
 // head). Others: (batch, head, block of kAttentionUnit queries).
-#define AUDIOKERNELS_DECLARE(isa)                                                                                 \
-  namespace isa {                                                                                                 \
-  void attention_read(const AttentionTensor& t, const int64_t* sizes, AttentionDtype dtype, AttentionPairs pairs, \
-                      float* words, int64_t channels, int64_t first, int64_t last);                               \
-  void attention_forward(const AttentionForward& call, int64_t first_unit, int64_t last_unit, float* scratch);    \
-  void attention_pack(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch);      \
-  void attention_backward(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch);  \
-  void attention_write_dq(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch);  \
-  void attention_decode(const AttentionDecode& call, int64_t first_unit, int64_t last_unit, float* scratch);      \
+#define AUDIOKERNELS_DECLARE(isa)                                                                                      \
+  namespace isa {                                                                                                      \
+  void attention_read(const AttentionTensor& t, const int64_t* sizes, Dtype dtype, AttentionPairs pairs, float* words, \
+                      int64_t channels, int64_t first, int64_t last);                                                  \
+  void attention_forward(const AttentionForward& call, int64_t first_unit, int64_t last_unit, float* scratch);         \
+  void attention_pack(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch);           \
+  void attention_backward(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch);       \
+  void attention_write_dq(const AttentionBackward& call, int64_t first_unit, int64_t last_unit, float* scratch);       \
+  void attention_decode(const AttentionDecode& call, int64_t first_unit, int64_t last_unit, float* scratch);           \
   }
 AUDIOKERNELS_FOR_EACH_BFLOAT16_ISA(AUDIOKERNELS_DECLARE)
 #undef AUDIOKERNELS_DECLARE
 
 }  // namespace audiokernels
-
-#if !defined(AUDIOKERNELS_ISA)
-#include "torch_stable.h"
-
-namespace audiokernels {
-
-inline AttentionDtype attention_dtype(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double: return AttentionDtype::float64;
-    case ScalarType::BFloat16: return AttentionDtype::bfloat16;
-    case ScalarType::Half: return AttentionDtype::float16;
-    default: return AttentionDtype::float32;
-  }
-}
-
-}  // namespace audiokernels
-#endif

@@ -12,7 +12,8 @@ namespace AUDIOKERNELS_ISA {
 namespace {
 
 constexpr int64_t kBlockKeys = attention_block_keys(Isa::AUDIOKERNELS_ISA);
-constexpr int64_t kKeys = kBlockKeys > 48 ? kBlockKeys : kWidth;  // that meet the same queries, a tile after the other
+constexpr bool kTiles = Isa::AUDIOKERNELS_ISA == Isa::avx512_amx;
+constexpr int64_t kKeys = kTiles ? kBlockKeys : kWidth;  // that meet the same queries, a tile after the other
 static_assert(kBlockKeys % kKeys == 0 && kKeys % kWidth == 0 && kBlockKeys <= kAttentionMostKeys);
 constexpr double kMostLse = 24.0;  // in powers of 2, for the reference 0: factors of gradients stay near 1
 

@@ -6,6 +6,7 @@
 
 #include "causal_attention.h"
 #include "floats.h"
+#include "torch_stable.h"
 
 namespace audiokernels {
 namespace {
@@ -19,7 +20,7 @@ struct Kernels {
   decltype(&generic::attention_write_dq) write_dq;
 };
 
-Kernels pick_kernels(AttentionDtype dtype) {
+Kernels pick_kernels(Dtype dtype) {
 #define AUDIOKERNELS_KERNELS(name) \
   {Isa::name,                      \
    &name::attention_read,          \
@@ -29,7 +30,7 @@ Kernels pick_kernels(AttentionDtype dtype) {
    &name::attention_write_dq}
 #define AUDIOKERNELS_CASE(name) \
   case Isa::name: return AUDIOKERNELS_KERNELS(name);
-  switch (dtype == AttentionDtype::bfloat16 ? bfloat16_isa() : float_isa()) {
+  switch (dtype == Dtype::bfloat16 ? bfloat16_isa() : float_isa()) {
     AUDIOKERNELS_FOR_EACH_BFLOAT16_ISA(AUDIOKERNELS_CASE)
     default: return AUDIOKERNELS_KERNELS(generic);
   }
@@ -60,7 +61,7 @@ AttentionSizes check_sizes(const Tensor& q, const Tensor& k, const Tensor& v, st
   AttentionSizes s{};
   s.batch = q.size(0), s.nheads = q.size(1), s.seqlen_q = q.size(2), s.headdim = q.size(3);
   s.nheads_kv = k.size(1), s.seqlen_k = k.size(2);
-  s.dtype = attention_dtype(dtype);
+  s.dtype = dtype_of(dtype);
   STD_TORCH_CHECK(s.headdim >= 8 && s.headdim <= 256, "q must have a headdim of 8..256");
   STD_TORCH_CHECK(k.size(0) == s.batch && k.size(3) == s.headdim, "k must have the batch and the headdim of q");
   for (int i = 0; i < 4; i++) STD_TORCH_CHECK(v.size(i) == k.size(i), "v must have the shape of k");
@@ -107,11 +108,10 @@ Tensor lse_like(const Tensor& q) {
 }
 
 // A tensor's rows as words, its own memory where that will do; `memory` keeps a copy alive.
-AttentionRows word_rows(const Kernels& kernels, const Tensor& t, AttentionDtype dtype, AttentionPairs pairs,
-                        Floats& memory) {
+AttentionRows word_rows(const Kernels& kernels, const Tensor& t, Dtype dtype, AttentionPairs pairs, Floats& memory) {
   const AttentionTensor tensor = attention_tensor(t);
   const int64_t sizes[] = {t.size(0), t.size(1), t.size(2), t.size(3)};
-  if (dtype == AttentionDtype::float32 && tensor.stride[3] == 1 && sizes[3] % 8 == 0)
+  if (dtype == Dtype::float32 && tensor.stride[3] == 1 && sizes[3] % 8 == 0)
     return {static_cast<const float*>(t.data_ptr()), {tensor.stride[0], tensor.stride[1], tensor.stride[2]}};
   const int64_t channels = attention_round_up(sizes[3], attention_channels(kernels.isa));
   const int64_t row = channels / attention_per_word(kernels.isa), unit_rows = attention_unit_rows(kernels.isa);
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor> causal_attention(Tensor q, Tensor k, Tensor v, std::o
   AttentionForward call{check_sizes(q, k, v, scale, window), attention_tensor(q), {}, {}, {}, nullptr};
   Tensor out = output_like(q), lse = lse_like(q);
   if (q.numel() == 0) return {out, lse};
-  if (call.dtype == AttentionDtype::float64) {
+  if (call.dtype == Dtype::float64) {
     forward_double(call, q, k, v, out, lse);
     return {out, lse};
   }
@@ -299,7 +299,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_attention_backward(Tensor grad_out, st
   if (q.numel() == 0) {
     torch::stable::zero_(gradients.dk);
     torch::stable::zero_(gradients.dv);
-  } else if (call.dtype == AttentionDtype::float64) {
+  } else if (call.dtype == Dtype::float64) {
     backward_double(call, grad_out, grad_lse, {q, k, v, out, lse}, gradients);
   } else {
     lse = torch::stable::contiguous(lse);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "causal_attention.h"
+#include "torch_stable.h"
 
 namespace audiokernels {
 namespace {
@@ -151,11 +152,11 @@ Tensor causal_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor 
   call.group = call.nheads / heads_kv;
   call.window = keys;
   call.scale = scale ? *scale : 1 / std::sqrt(double(call.headdim));
-  call.dtype = attention_dtype(fq.dtype);
+  call.dtype = dtype_of(fq.dtype);
   call.q = fq.tensor(), call.k_cache = fk.tensor(), call.v_cache = fv.tensor(), call.out = Facts(out).tensor();
   call.cache_seqlens = static_cast<const int32_t*>(lens.data);
   call.cache_seqlens_stride = lens.strides[0];
-  if (call.dtype == AttentionDtype::float64) {
+  if (call.dtype == Dtype::float64) {
     decode_double(call);
   } else {
     run_decode(call);
@@ -177,7 +178,7 @@ void copy_row(const char* from, int64_t from_stride, char* to, int64_t to_stride
 
 // The rows of x go to the slots of the positions from cache_seqlens on.
 void write_slots(const Facts& cache, const Facts& x, const Facts& seqlens) {
-  const int64_t heads = x.sizes[1], m = x.sizes[2], bytes = attention_bytes(attention_dtype(x.dtype));
+  const int64_t heads = x.sizes[1], m = x.sizes[2], bytes = bytes_of(dtype_of(x.dtype));
   const AttentionTensor to = cache.tensor(), from = x.tensor();
   for (int64_t b = 0; b < x.sizes[0]; b++) {
     const int64_t before = static_cast<const int32_t*>(seqlens.data)[b * seqlens.strides[0]];

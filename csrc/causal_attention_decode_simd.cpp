@@ -184,8 +184,8 @@ static void decode_unit(const AttentionDecode& call, int64_t b, int64_t kv_head,
   float* v_memory = k_memory + kChunk * channels;
   float* queries = v_memory + kChunk * channels;
   const VFloat scale = splat(call.factor());
-  const bool bfloat16 = call.dtype == AttentionDtype::bfloat16;
-  const bool in_place = (bfloat16 || call.dtype == AttentionDtype::float32) && call.headdim % kLanes == 0 &&
+  const bool bfloat16 = call.dtype == Dtype::bfloat16;
+  const bool in_place = (bfloat16 || call.dtype == Dtype::float32) && call.headdim % kLanes == 0 &&
                         call.k_cache.stride[3] == 1 && call.v_cache.stride[3] == 1;
   const auto add = in_place && bfloat16 ? &add_chunk<Bfloat16> : &add_chunk<Float32>;
   for_each_query(call, kv_head, [&](int64_t i, int64_t head, int64_t step) {

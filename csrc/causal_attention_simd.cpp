@@ -193,8 +193,8 @@ static void forward_unit(const AttentionForward& call, int64_t b, int64_t h, int
 
 }  // namespace
 
-void attention_read(const AttentionTensor& t, const int64_t* sizes, AttentionDtype dtype, AttentionPairs pairs,
-                    float* words, int64_t channels, int64_t first, int64_t last) {
+void attention_read(const AttentionTensor& t, const int64_t* sizes, Dtype dtype, AttentionPairs pairs, float* words,
+                    int64_t channels, int64_t first, int64_t last) {
   const int64_t heads = sizes[1], seqlen = sizes[2], headdim = sizes[3], units = (seqlen + kUnitRows - 1) / kUnitRows;
   const int64_t unit_floats = kUnitRows * channels / kPerWord;
   for (int64_t i = first; i < last;) {  // a head's at a time

@@ -139,8 +139,8 @@ struct Place {
   int64_t b, h, first, count;
 };
 
-AK_INLINE char* address(const AttentionTensor& t, AttentionDtype dtype, const Place& at) {
-  return t.data + (at.b * t.stride[0] + at.h * t.stride[1] + at.first * t.stride[2]) * attention_bytes(dtype);
+AK_INLINE char* address(const AttentionTensor& t, Dtype dtype, const Place& at) {
+  return t.data + (at.b * t.stride[0] + at.h * t.stride[1] + at.first * t.stride[2]) * bytes_of(dtype);
 }
 
 template <class Number, VFloat (*load_vector)(const Number*)>
@@ -164,13 +164,12 @@ static inline void read_rows_as(const AttentionTensor& t, const void* from, int6
     read_numbers<Number, load_vector>(p + i * t.stride[2], t.stride[3], n, channels, rows + i * channels);
 }
 // -> float32 (count, channels), zeros beyond headdim; channels a multiple of kLanes.
-static inline void read_rows(const AttentionTensor& t, AttentionDtype dtype, const Place& at, int64_t headdim,
-                             int64_t channels, float* rows) {
+static inline void read_rows(const AttentionTensor& t, Dtype dtype, const Place& at, int64_t headdim, int64_t channels,
+                             float* rows) {
   const char* p = address(t, dtype, at);
   switch (dtype) {
-    case AttentionDtype::bfloat16:
-      return read_rows_as<uint16_t, load_bfloat16>(t, p, at.count, headdim, channels, rows);
-    case AttentionDtype::float16: return read_rows_as<uint16_t, load_float16>(t, p, at.count, headdim, channels, rows);
+    case Dtype::bfloat16: return read_rows_as<uint16_t, load_bfloat16>(t, p, at.count, headdim, channels, rows);
+    case Dtype::float16: return read_rows_as<uint16_t, load_float16>(t, p, at.count, headdim, channels, rows);
     default: return read_rows_as<float, load>(t, p, at.count, headdim, channels, rows);
   }
 }
@@ -193,14 +192,12 @@ static inline void write_rows_as(const float* rows, int64_t channels, const Atte
   for (int64_t i = 0; i < count; i++)
     write_numbers<Number, store_vector>(rows + i * channels, p + i * t.stride[2], t.stride[3], n);
 }
-static inline void write_rows(const float* rows, int64_t channels, const AttentionTensor& t, AttentionDtype dtype,
+static inline void write_rows(const float* rows, int64_t channels, const AttentionTensor& t, Dtype dtype,
                               const Place& at, int64_t headdim) {
   char* p = address(t, dtype, at);
   switch (dtype) {
-    case AttentionDtype::bfloat16:
-      return write_rows_as<uint16_t, store_bfloat16>(rows, channels, t, p, at.count, headdim);
-    case AttentionDtype::float16:
-      return write_rows_as<uint16_t, store_float16>(rows, channels, t, p, at.count, headdim);
+    case Dtype::bfloat16: return write_rows_as<uint16_t, store_bfloat16>(rows, channels, t, p, at.count, headdim);
+    case Dtype::float16: return write_rows_as<uint16_t, store_float16>(rows, channels, t, p, at.count, headdim);
     default: return write_rows_as<float, store>(rows, channels, t, p, at.count, headdim);
   }
 }
@@ -211,7 +208,7 @@ static inline void write_rows(const float* rows, int64_t channels, const Attenti
 // A row's numbers, side by side, and zeros.
 AK_INLINE void copy_row(const AttentionTensor& t, const Place& at, int64_t headdim, int64_t channels,
                         uint16_t* numbers) {
-  const auto* p = reinterpret_cast<const uint16_t*>(address(t, AttentionDtype::bfloat16, at));
+  const auto* p = reinterpret_cast<const uint16_t*>(address(t, Dtype::bfloat16, at));
   if (t.stride[3] == 1)
     memcpy(numbers, p, size_t(headdim) * sizeof *p);
   else
@@ -219,14 +216,14 @@ AK_INLINE void copy_row(const AttentionTensor& t, const Place& at, int64_t headd
   for (int64_t d = headdim; d < channels; d++) numbers[d] = 0;
 }
 // -> (count, words), pairs of channels, zeros beyond headdim.
-static inline void read_channel_words(const AttentionTensor& t, AttentionDtype, const Place& at, int64_t headdim,
-                                      int64_t words, float* rows) {
+static inline void read_channel_words(const AttentionTensor& t, Dtype, const Place& at, int64_t headdim, int64_t words,
+                                      float* rows) {
   for (int64_t i = 0; i < at.count; i++)
     copy_row(t, {at.b, at.h, at.first + i, 1}, headdim, 2 * words, reinterpret_cast<uint16_t*>(rows + i * words));
 }
 // -> (count / 2, channels), pairs of rows; one that there is not is zeros.
-static inline void read_row_words(const AttentionTensor& t, AttentionDtype, const Place& at, int64_t headdim,
-                                  int64_t channels, float* rows) {
+static inline void read_row_words(const AttentionTensor& t, Dtype, const Place& at, int64_t headdim, int64_t channels,
+                                  float* rows) {
   uint16_t pair[2][256];
   for (int64_t i = 0; i < at.count; i += 2, rows += channels) {
     for (int64_t j = 0; j < 2; j++)
@@ -294,7 +291,7 @@ static inline void from_panel(const float* panel, int64_t channels, const VFloat
 
 // Rows to be summed: see sum_word.
 #if defined(AUDIOKERNELS_TILES)
-static inline void read_sum_words(const AttentionTensor& t, AttentionDtype dtype, const Place& at, int64_t headdim,
+static inline void read_sum_words(const AttentionTensor& t, Dtype dtype, const Place& at, int64_t headdim,
                                   int64_t channels, float* words) {
   float pairs[kLanes * 256];
   for (int64_t i = 0; i < at.count; i += kUnitRows, words += channels * kLanes) {

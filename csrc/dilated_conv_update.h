@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "isa.h"
 
 namespace audiokernels {
@@ -34,8 +35,6 @@ inline DilatedConvUpdateKernel dilated_conv_update_plan(bool cuda, bool float64,
                                                                        : DilatedConvUpdateKernel::cuda_split;
 }
 
-enum class DilatedConvDtype { float32, bfloat16, float16, float64 };
-
 // sums[b * rows + r] = sum_j weight[r * weight_stride + j] * taps[b * n + j] for r in [first, last) and every b.
 struct RowDots {
   const void* weight;
@@ -45,9 +44,9 @@ struct RowDots {
   float* sums;
 };
 
-#define AUDIOKERNELS_DECLARE(isa)                                                                \
-  namespace isa {                                                                                \
-  void dilated_conv_dots(DilatedConvDtype dtype, const RowDots& d, int64_t first, int64_t last); \
+#define AUDIOKERNELS_DECLARE(isa)                                                     \
+  namespace isa {                                                                     \
+  void dilated_conv_dots(Dtype dtype, const RowDots& d, int64_t first, int64_t last); \
   }
 AUDIOKERNELS_FOR_EACH_FLOAT_ISA(AUDIOKERNELS_DECLARE)
 #undef AUDIOKERNELS_DECLARE
@@ -64,15 +63,6 @@ namespace audiokernels {
 DilatedConvUpdate dilated_conv_update_check(const Tensor& x, const Tensor& conv_state, Tensor& weight,
                                             const std::optional<Tensor>& bias, const Tensor& position, int64_t dilation,
                                             Tensor& out);
-
-inline DilatedConvDtype dilated_conv_dtype(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double: return DilatedConvDtype::float64;
-    case ScalarType::BFloat16: return DilatedConvDtype::bfloat16;
-    case ScalarType::Half: return DilatedConvDtype::float16;
-    default: return DilatedConvDtype::float32;
-  }
-}
 
 }  // namespace audiokernels
 #endif

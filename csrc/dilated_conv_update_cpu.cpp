@@ -62,8 +62,8 @@ void write_ring(const DilatedConvUpdate& c) {
 }
 
 template <class T>
-void run_simd(const DilatedConvUpdate& c, DilatedConvDtype dtype) {
-  const bool direct = dtype == DilatedConvDtype::float32;  // the sums need no second buffer
+void run_simd(const DilatedConvUpdate& c, Dtype dtype) {
+  const bool direct = dtype == Dtype::float32;  // the sums need no second buffer
   const int64_t n_taps = c.batch * c.taps;
   const int64_t n_scratch = n_taps + (direct ? 0 : c.batch * c.dim_out);
   float stack[kStackFloats];
@@ -109,14 +109,14 @@ Tensor dilated_conv_update(Tensor x, Tensor conv_state, Tensor weight, std::opti
   for (int64_t b = 0; b < call.batch; b++) {
     STD_TORCH_CHECK(call.position[b * call.position_stride] >= 0, "position must be >= 0");
   }
-  const DilatedConvDtype dtype = dilated_conv_dtype(x.scalar_type());
-  const bool float64 = dtype == DilatedConvDtype::float64;
+  const Dtype dtype = dtype_of(x.scalar_type());
+  const bool float64 = dtype == Dtype::float64;
   if (dilated_conv_update_plan(false, float64, call.batch, call.dim_out, call.taps, 0) ==
       DilatedConvUpdateKernel::cpu_loop) {
     run_double(call);
-  } else if (dtype == DilatedConvDtype::float32) {
+  } else if (dtype == Dtype::float32) {
     run_simd<float>(call, dtype);
-  } else if (dtype == DilatedConvDtype::bfloat16) {
+  } else if (dtype == Dtype::bfloat16) {
     run_simd<torch::headeronly::BFloat16>(call, dtype);
   } else {
     run_simd<torch::headeronly::Half>(call, dtype);

@@ -15,9 +15,9 @@ Tensor dilated_conv_update(Tensor x, Tensor conv_state, Tensor weight, std::opti
   const cudaError_t queried =
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, x.get_device_index());
   check_cuda("dilated_conv_update", queried, cudaGetErrorString(queried));
-  const DilatedConvDtype dtype = dilated_conv_dtype(x.scalar_type());
-  const DilatedConvUpdateKernel kernel = dilated_conv_update_plan(true, dtype == DilatedConvDtype::float64, call.batch,
-                                                                  call.dim_out, call.taps, multiprocessors);
+  const Dtype dtype = dtype_of(x.scalar_type());
+  const DilatedConvUpdateKernel kernel =
+      dilated_conv_update_plan(true, dtype == Dtype::float64, call.batch, call.dim_out, call.taps, multiprocessors);
   void* stream = current_cuda_stream(x.get_device_index());
   const cudaError_t error = dilated_conv_update_cuda(call, kernel, dtype, static_cast<cudaStream_t>(stream));
   check_cuda("dilated_conv_update", error, cudaGetErrorString(error));

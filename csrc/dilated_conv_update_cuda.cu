@@ -139,12 +139,12 @@ cudaError_t launch(const DilatedConvUpdate& c, DilatedConvUpdateKernel kernel, c
 
 }  // namespace
 
-cudaError_t dilated_conv_update_cuda(const DilatedConvUpdate& c, DilatedConvUpdateKernel kernel, DilatedConvDtype dtype,
+cudaError_t dilated_conv_update_cuda(const DilatedConvUpdate& c, DilatedConvUpdateKernel kernel, Dtype dtype,
                                      cudaStream_t stream) {
   switch (dtype) {
-    case DilatedConvDtype::float64: return launch<double>(c, kernel, stream);
-    case DilatedConvDtype::bfloat16: return launch<__nv_bfloat16>(c, kernel, stream);
-    case DilatedConvDtype::float16: return launch<__half>(c, kernel, stream);
+    case Dtype::float64: return launch<double>(c, kernel, stream);
+    case Dtype::bfloat16: return launch<__nv_bfloat16>(c, kernel, stream);
+    case Dtype::float16: return launch<__half>(c, kernel, stream);
     default: return launch<float>(c, kernel, stream);
   }
 }

@@ -7,7 +7,7 @@
 
 namespace audiokernels {
 
-cudaError_t dilated_conv_update_cuda(const DilatedConvUpdate& c, DilatedConvUpdateKernel kernel, DilatedConvDtype dtype,
+cudaError_t dilated_conv_update_cuda(const DilatedConvUpdate& c, DilatedConvUpdateKernel kernel, Dtype dtype,
                                      cudaStream_t stream);
 
 }  // namespace audiokernels

@@ -71,10 +71,10 @@ AK_INLINE void all_dots(const RowDots& d, int64_t first, int64_t last) {
 
 }  // namespace
 
-void dilated_conv_dots(DilatedConvDtype dtype, const RowDots& d, int64_t first, int64_t last) {
+void dilated_conv_dots(Dtype dtype, const RowDots& d, int64_t first, int64_t last) {
   switch (dtype) {
-    case DilatedConvDtype::bfloat16: return all_dots<BFloat16>(d, first, last);
-    case DilatedConvDtype::float16: return all_dots<Float16>(d, first, last);
+    case Dtype::bfloat16: return all_dots<BFloat16>(d, first, last);
+    case Dtype::float16: return all_dots<Float16>(d, first, last);
     default: return all_dots<Float32>(d, first, last);
   }
 }

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "isa.h"
 
 namespace audiokernels {
-
-enum class HaarDtype { float32, bfloat16, float16, float64 };
 
 constexpr int kHaarStripLevel = 3;  // levels that a strip of 8 steps holds; higher ones are summed from strips
 constexpr int64_t kHaarStrip = 1 << kHaarStripLevel;
@@ -28,7 +27,7 @@ struct HaarColumn {
 enum class HaarMode { block, window, count, count_adjoint };  // window's adjoint is window on the reversed sequence
 
 struct HaarPool {
-  HaarDtype dtype;
+  Dtype dtype;
   HaarMode mode;
   int64_t seqlen, dim;
   const void* x;  // of step 0; the adjoint reverses time by negative rows
@@ -53,7 +52,7 @@ struct HaarPart {
 
 // The transform of one sequence; stages of three levels keep a strip of rows between them.
 struct HaarWavelet {
-  HaarDtype dtype;
+  Dtype dtype;
   bool edge;
   int64_t seqlen, padded, n_levels, dim;
   void* x;  // (seqlen, dim), read or written

@@ -9,19 +9,6 @@
 
 namespace audiokernels {
 
-inline HaarDtype haar_dtype(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double: return HaarDtype::float64;
-    case ScalarType::BFloat16: return HaarDtype::bfloat16;
-    case ScalarType::Half: return HaarDtype::float16;
-    default: return HaarDtype::float32;
-  }
-}
-
-inline int64_t haar_bytes(HaarDtype dtype) {
-  return dtype == HaarDtype::float64 ? 8 : dtype == HaarDtype::float32 ? 4 : 2;
-}
-
 inline void check_rows(const Tensor& x, const char* name, int64_t dims) {
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||

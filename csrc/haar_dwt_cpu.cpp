@@ -79,18 +79,18 @@ void transform_double(const HaarWavelet& w, bool forward) {
 // Both have adjacent channels, and neither is empty.
 void transform(const Tensor& x, const Tensor& coeffs, int64_t n_levels, bool edge, bool forward) {
   HaarWavelet whole{};
-  whole.dtype = haar_dtype(x);
+  whole.dtype = dtype_of(x.scalar_type());
   whole.edge = edge;
   whole.seqlen = x.size(1), whole.padded = coeffs.size(1), whole.n_levels = n_levels, whole.dim = x.size(2);
   whole.x_row = x.stride(1), whole.coeffs_row = coeffs.stride(1);
-  const int64_t bytes = haar_bytes(whole.dtype), x_stride = x.stride(0), coeffs_stride = coeffs.stride(0);
+  const int64_t bytes = bytes_of(whole.dtype), x_stride = x.stride(0), coeffs_stride = coeffs.stride(0);
   const auto sequence = [&](int64_t b) {
     HaarWavelet w = whole;
     w.x = static_cast<char*>(x.data_ptr()) + b * x_stride * bytes;
     w.coeffs = static_cast<char*>(coeffs.data_ptr()) + b * coeffs_stride * bytes;
     return w;
   };
-  if (whole.dtype == HaarDtype::float64) {
+  if (whole.dtype == Dtype::float64) {
     for (int64_t b = 0; b < x.size(0); b++) transform_double(sequence(b), forward);
     return;
   }

@@ -155,16 +155,16 @@ void idwt(const HaarWavelet& w, Channels channels) {
 
 void haar_dwt(const HaarWavelet& w, int64_t first, int64_t last) {
   switch (w.dtype) {
-    case HaarDtype::bfloat16: return dwt<BFloat16>(w, {first, last});
-    case HaarDtype::float16: return dwt<Float16>(w, {first, last});
+    case Dtype::bfloat16: return dwt<BFloat16>(w, {first, last});
+    case Dtype::float16: return dwt<Float16>(w, {first, last});
     default: return dwt<Float32>(w, {first, last});
   }
 }
 
 void haar_idwt(const HaarWavelet& w, int64_t first, int64_t last) {
   switch (w.dtype) {
-    case HaarDtype::bfloat16: return idwt<BFloat16>(w, {first, last});
-    case HaarDtype::float16: return idwt<Float16>(w, {first, last});
+    case Dtype::bfloat16: return idwt<BFloat16>(w, {first, last});
+    case Dtype::float16: return idwt<Float16>(w, {first, last});
     default: return idwt<Float32>(w, {first, last});
   }
 }

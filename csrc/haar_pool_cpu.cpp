@@ -169,10 +169,10 @@ void pool_double(const HaarPool& c, const Batch& batch, const std::vector<int64_
 // x and y have adjacent channels.
 void pool(const Tensor& x, const Tensor& y, const std::vector<int64_t>& runs, HaarMode mode, bool reversed) {
   HaarPool c{};
-  c.dtype = haar_dtype(x);
+  c.dtype = dtype_of(x.scalar_type());
   c.mode = mode;
   c.seqlen = x.size(1), c.dim = x.size(2);
-  const Batch batch{x.size(0), x.stride(0), y.stride(0), haar_bytes(c.dtype)};
+  const Batch batch{x.size(0), x.stride(0), y.stride(0), bytes_of(c.dtype)};
   c.x_row = x.stride(1), c.y_row = y.stride(1);
   c.x = x.data_ptr(), c.y = y.data_ptr();
   if (reversed) {
@@ -180,7 +180,7 @@ void pool(const Tensor& x, const Tensor& y, const std::vector<int64_t>& runs, Ha
     c.y = static_cast<char*>(c.y) + (c.seqlen - 1) * c.y_row * batch.bytes;
     c.x_row = -c.x_row, c.y_row = -c.y_row;
   }
-  if (c.dtype == HaarDtype::float64) return pool_double(c, batch, runs);
+  if (c.dtype == Dtype::float64) return pool_double(c, batch, runs);
   const Kernels kernels = pick_kernels();
   pool_batch(c, batch, Plan(runs, mode, c.seqlen, kernels.lanes), kernels);
 }

@@ -281,8 +281,8 @@ AK_INLINE void by_mode(const HaarPool& c, const F& f) {
 template <class F>
 AK_INLINE void by_dtype_and_mode(const HaarPool& c, const F& f) {
   switch (c.dtype) {
-    case HaarDtype::bfloat16: return by_mode<BFloat16>(c, f);
-    case HaarDtype::float16: return by_mode<Float16>(c, f);
+    case Dtype::bfloat16: return by_mode<BFloat16>(c, f);
+    case Dtype::float16: return by_mode<Float16>(c, f);
     default: return by_mode<Float32>(c, f);
   }
 }

@@ -15,6 +15,8 @@
 #include <torch/headeronly/util/Half.h>
 #include <torch/headeronly/version.h>
 
+#include "dtype.h"
+
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
 #endif
@@ -22,6 +24,16 @@
 namespace audiokernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Of a dtype that an op takes.
+inline Dtype dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return Dtype::float64;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Half: return Dtype::float16;
+    default: return Dtype::float32;
+  }
+}
 
 // An uninitialised tensor on the device of `like`. torch::stable::new_empty looks its op up by name on every call,
 // which costs a step op a third of its time.

@@ -445,7 +445,7 @@ CUDA_ON_HOST_EXPORT int update(const int64_t* s, void** data, int64_t kernel, in
   c.x_stride[0] = c.dim_in, c.state_stride[0] = c.length * c.dim_in, c.state_stride[1] = c.dim_in;
   c.x_stride[1] = c.state_stride[2] = c.bias_stride = c.position_stride = 1;
   c.weight_stride = c.taps;
-  return dilated_conv_update_cuda(c, DilatedConvUpdateKernel(kernel), DilatedConvDtype(dtype), nullptr);
+  return dilated_conv_update_cuda(c, DilatedConvUpdateKernel(kernel), Dtype(dtype), nullptr);
 }
 """
 

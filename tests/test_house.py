@@ -46,6 +46,7 @@ SHARED_HEADERS = {
     "isa.h",
     "simd.h",
     "tiles.h",
+    "dtype.h",
     "floats.h",
     "torch_stable.h",
     "cuda_stream.h",
