@@ -86,11 +86,3 @@ def refuse_tangents(op: str, **tensors: Tensor) -> None:
                 f"{op} has no forward-mode derivative, but {name} has a tangent (of torch.func.jvp, for "
                 "example): torch.autograd.functional.jvp takes gradients instead"
             )
-
-
-def refuse_func_grad(op: str, error: Exception) -> None:
-    """Raise NotImplementedError for what torch says of an op under torch.func.grad, naming neither op nor way out."""
-    if "setup_context" in str(error):
-        raise NotImplementedError(
-            f"{op} has no derivative inside torch.func (grad, vjp, jacrev): torch.autograd.grad gives the same"
-        ) from error

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 
 lib = torch.library.Library("audiokernels", "DEF")
 
@@ -61,3 +63,45 @@ def triton_launcher(op: str, module: str, check: Callable[..., None]) -> None:
         return kernel()(*args, **kwargs)
 
     lib.impl(op, launch, "CUDA")
+
+
+def register_autograd(op: str, backward: Callable[..., tuple], setup_context: Callable[..., None]) -> None:
+    """torch.library.register_autograd for an op of `lib`, which torch.func.grad, vjp and jacrev reach too.
+
+    torch's own makes an autograd.Function, which torch.func wants to take apart itself. One of a single level is like a
+    derivative of torch's ops: each level of torch.func meets it as the op goes down through the dispatcher.
+
+    Args:
+        op: its name; what is positional in its schema has no default.
+        backward: (ctx, *gradients of the results) -> a gradient or None for each positional argument.
+        setup_context: (ctx, positional arguments, dict of the others, output); saves what backward wants.
+    """
+    overload = getattr(torch.ops.audiokernels, op).default
+    defaults = {argument.name: argument.default_value for argument in overload._schema.arguments if argument.kwarg_only}
+
+    def below(keyset, *args, **options):
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **options)
+
+    class Derivative(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, keyset, options, *args):
+            # Here grad mode is off for this level; a level below has one of its own.
+            with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
+                output = below(keyset, *args, **options)
+            setup_context(ctx, args, defaults | options, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return None, None, *backward(ctx, *grads)
+
+    def kernel(keyset, *args, **options):
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return below(keyset, *args, **options)
+        if not torch._C._are_functorch_transforms_active():
+            return Derivative.apply(keyset, options, *args)
+        with enable_single_level_autograd_function():
+            return Derivative.apply(keyset, options, *args)
+
+    lib.impl(op, kernel, "Autograd", with_keyset=True)

@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from audiokernels._checks import check_dense, check_device, check_floating, is_size, refuse_func_grad, refuse_tangents
-from audiokernels._library import C, lib, triton_launcher
+from audiokernels._checks import check_dense, check_device, check_floating, is_size, refuse_tangents
+from audiokernels._library import C, lib, register_autograd, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.causal_attention_plan import causal_attention_backward_plan, device_facts, plan_of
 
@@ -81,16 +81,15 @@ def causal_attention(
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
-        NotImplementedError: q, k or v has a tangent (there is no forward-mode derivative), or torch.func.grad asks.
+        NotImplementedError: q, k or v has a tangent (there is no forward-mode derivative).
     """
     refuse_tangents("causal_attention", q=q, k=k, v=v)
     if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
         raise TypeError("scale must be a number, got a tensor that requires grad: multiply q by it and pass scale=1.0")
     try:
         out, lse = _op(q, k, v, scale=scale, window=window)
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError):
         check_attention(q, k, v, scale=scale, window=window)
-        refuse_func_grad("causal_attention", error)
         raise
     return (out, lse) if return_lse else out
 
@@ -396,9 +395,9 @@ def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, **options):
 # ---- gradients
 
 
-def _setup(ctx, inputs, keyword_only_inputs, output):
+def _setup(ctx, inputs, options, output):
     ctx.save_for_backward(*inputs, *output)
-    ctx.options = keyword_only_inputs
+    ctx.options = options
     ctx.set_materialize_grads(False)
 
 
@@ -410,10 +409,10 @@ def _backward(ctx, grad_out, grad_lse):
     return _backward_op(grad_out, grad_lse, q, k, v, out, lse, **ctx.options)
 
 
-def _setup_backward(ctx, inputs, keyword_only_inputs, output):
+def _setup_backward(ctx, inputs, options, output):
     grad_out, grad_lse, q, k, v, _, _ = inputs
     ctx.save_for_backward(grad_out, grad_lse, q, k, v)
-    ctx.options = keyword_only_inputs
+    ctx.options = options
 
 
 @_in_full_precision
@@ -427,8 +426,7 @@ def _backward_backward(ctx, grad_dq, grad_dk, grad_dv):
     grad_out, grad_lse, q, k, v = ctx.saved_tensors
     scale = _scale(q, ctx.options["scale"])
     wide = [_wide(k), _wide(v), _wide(grad_dk), _wide(grad_dv)]
-    of_queries, of_lse = [], []
-    of_k, of_v = torch.zeros_like(wide[0]), torch.zeros_like(wide[1])
+    of_queries, of_lse, of_keys = [], [], None
     grouped = [_grouped(x, k) for x in (q, grad_out, grad_dq)]
     lse_grads = torch.zeros_like(grouped[0][..., 0]) if grad_lse is None else grad_lse.reshape(grouped[0].shape[:-1])
     for block in _blocks(q, k, ctx.options["window"]):
@@ -450,12 +448,14 @@ def _backward_backward(ctx, grad_dq, grad_dk, grad_dv):
             torch.stack([_keys(of_logits, ks) + _keys(ds, gks), _keys(of_dp, vs) + _keys(p, gvs)])  # of q, of grad_out
         )
         of_lse.append(r[..., 0])
-        of_k[:, :, cols] += _queries(of_logits, qs) + _queries(ds, gqs)
-        of_v[:, :, cols] += _queries(of_dp, gos)
+        more = torch.stack([_queries(of_logits, qs) + _queries(ds, gqs), _queries(of_dp, gos)])  # of k, of v
+        of_keys = more.new_zeros(2, *k.shape) if of_keys is None else of_keys  # mapped by vmap where `more` is
+        of_keys[..., cols, :] += more
     of_q, of_grad_out = torch.cat(of_queries, -2).flatten(2, 3) if of_queries else (0 * q, 0 * grad_out)
     of_grad_lse = None
     if grad_lse is not None:
         of_grad_lse = torch.cat(of_lse, -1).flatten(1, 2) if of_lse else 0 * grad_lse
+    of_k, of_v = (0 * k, 0 * v) if of_keys is None else of_keys
     grads = (of_grad_out.to(q.dtype), of_grad_lse, of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype))
     return *grads, None, None
 
@@ -556,10 +556,8 @@ triton_launcher("causal_attention_backward", "causal_attention_backward_triton",
 torch.library.register_fake("audiokernels::causal_attention", _fake, lib=lib)
 torch.library.register_fake("audiokernels::causal_attention_backward", _fake_backward, lib=lib)
 torch.library.register_fake("audiokernels::_causal_attention_sm90", lambda *call: None, lib=lib)
-torch.library.register_autograd("audiokernels::causal_attention", _backward, setup_context=_setup, lib=lib)
-torch.library.register_autograd(
-    "audiokernels::causal_attention_backward", _backward_backward, setup_context=_setup_backward, lib=lib
-)
+register_autograd("causal_attention", _backward, _setup)
+register_autograd("causal_attention_backward", _backward_backward, _setup_backward)
 _op = torch.ops.audiokernels.causal_attention.default
 _backward_op = torch.ops.audiokernels.causal_attention_backward.default
 torch.library.register_vmap("audiokernels::causal_attention", _vmap(_op), lib=lib)

@@ -13,8 +13,8 @@ coefficients, 2 (1 - 2^-J) additions an element. The mean over blocks of 2^l ste
 import torch
 from torch import Tensor
 
-from audiokernels._checks import is_size, refuse_func_grad, refuse_tangents
-from audiokernels._library import lib, triton_launcher
+from audiokernels._checks import is_size, refuse_tangents
+from audiokernels._library import lib, register_autograd, triton_launcher
 from audiokernels.backends import Explanation, describe
 from audiokernels.haar_pool import check_input, kernel_of
 
@@ -40,17 +40,13 @@ def haar_dwt(x: Tensor, n_levels: int, *, pad: str = "zero") -> Tensor:
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
-        NotImplementedError: x has a tangent (there is no forward-mode derivative), or torch.func.grad asks.
+        NotImplementedError: x has a tangent (there is no forward-mode derivative).
     """
     refuse_tangents("haar_dwt", x=x)
     if pad not in ("zero", "edge"):
         raise ValueError(f'pad must be "zero" or "edge", got {pad!r}')
     _check(x, n_levels)
-    try:
-        return _op(x, n_levels, edge=pad == "edge")
-    except RuntimeError as error:
-        refuse_func_grad("haar_dwt", error)
-        raise
+    return _op(x, n_levels, edge=pad == "edge")
 
 
 def haar_dwt_ref(x: Tensor, n_levels: int, *, edge: bool = False) -> Tensor:
@@ -81,15 +77,11 @@ def haar_idwt(coeffs: Tensor, n_levels: int, *, seqlen: int | None = None) -> Te
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
-        NotImplementedError: coeffs has a tangent (there is no forward-mode derivative), or torch.func.grad asks.
+        NotImplementedError: coeffs has a tangent (there is no forward-mode derivative).
     """
     refuse_tangents("haar_idwt", coeffs=coeffs)
     _check_inverse(coeffs, n_levels, seqlen=seqlen)
-    try:
-        return _inverse_op(coeffs, n_levels, seqlen=seqlen)
-    except RuntimeError as error:
-        refuse_func_grad("haar_idwt", error)
-        raise
+    return _inverse_op(coeffs, n_levels, seqlen=seqlen)
 
 
 def haar_idwt_ref(coeffs: Tensor, n_levels: int, *, seqlen: int | None = None) -> Tensor:
@@ -150,9 +142,9 @@ def _fake_inverse(coeffs, n_levels, *, seqlen=None):
 # ---- gradients, vmap, explain
 
 
-def _setup(ctx, inputs, keyword_only_inputs, output):
+def _setup(ctx, inputs, options, output):
     x, ctx.n_levels = inputs
-    ctx.seqlen, ctx.edge = x.shape[1], keyword_only_inputs["edge"]
+    ctx.seqlen, ctx.edge = x.shape[1], options["edge"]
 
 
 def _backward(ctx, grad):
@@ -165,7 +157,7 @@ def _backward(ctx, grad):
     return torch.cat([full[:, :last], full[:, last:].sum(1, keepdim=True)], 1), None
 
 
-def _setup_inverse(ctx, inputs, keyword_only_inputs, output):
+def _setup_inverse(ctx, inputs, options, output):
     ctx.n_levels = inputs[1]
 
 
@@ -206,8 +198,8 @@ triton_launcher("haar_dwt", "haar_dwt_triton", _check)
 triton_launcher("haar_idwt", "haar_dwt_triton", _check_inverse)
 torch.library.register_fake("audiokernels::haar_dwt", _fake, lib=lib)
 torch.library.register_fake("audiokernels::haar_idwt", _fake_inverse, lib=lib)
-torch.library.register_autograd("audiokernels::haar_dwt", _backward, setup_context=_setup, lib=lib)
-torch.library.register_autograd("audiokernels::haar_idwt", _backward_inverse, setup_context=_setup_inverse, lib=lib)
+register_autograd("haar_dwt", _backward, _setup)
+register_autograd("haar_idwt", _backward_inverse, _setup_inverse)
 _op = torch.ops.audiokernels.haar_dwt.default
 _inverse_op = torch.ops.audiokernels.haar_idwt.default
 torch.library.register_vmap("audiokernels::haar_dwt", _vmap(_op), lib=lib)

@@ -25,11 +25,10 @@ from audiokernels._checks import (
     check_floating,
     check_not_expanded,
     mark_written,
-    refuse_func_grad,
     refuse_tangents,
 )
 from audiokernels._gpu import device_facts
-from audiokernels._library import C, lib, triton_launcher
+from audiokernels._library import C, lib, register_autograd, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.haar_levels import check_runs, level_runs
 
@@ -57,17 +56,13 @@ def haar_pool(
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
-        NotImplementedError: x has a tangent (there is no forward-mode derivative), or torch.func.grad asks.
+        NotImplementedError: x has a tangent (there is no forward-mode derivative).
     """
     check_input(x, 3)
     refuse_tangents("haar_pool", x=x)
     causal, count = options(mode, norm)
     runs = level_runs(levels, x.shape[2], x.shape[1])
-    try:
-        return _op(x, runs, causal=causal, count=count)
-    except RuntimeError as error:
-        refuse_func_grad("haar_pool", error)
-        raise
+    return _op(x, runs, causal=causal, count=count)
 
 
 def haar_pool_(
@@ -213,8 +208,8 @@ def _fake_(x, runs, *, causal=False, count=False):
 # ---- gradients, vmap, explain
 
 
-def _setup(ctx, inputs, keyword_only_inputs, output):
-    ctx.runs, ctx.options = inputs[1], dict(keyword_only_inputs)
+def _setup(ctx, inputs, options, output):
+    ctx.runs, ctx.options = inputs[1], dict(options)
 
 
 def _backward(ctx, grad):
@@ -276,7 +271,7 @@ triton_launcher("haar_pool", "haar_pool_triton", _check)
 triton_launcher("haar_pool_", "haar_pool_triton", _check_)
 torch.library.register_fake("audiokernels::haar_pool", _fake, lib=lib)
 torch.library.register_fake("audiokernels::haar_pool_", _fake_, lib=lib)
-torch.library.register_autograd("audiokernels::haar_pool", _backward, setup_context=_setup, lib=lib)
+register_autograd("haar_pool", _backward, _setup)
 torch.library.register_vmap("audiokernels::haar_pool", _vmap, lib=lib)
 torch.library.register_vmap("audiokernels::haar_pool_", _vmap_, lib=lib)
 describe("haar_pool", _describe)

@@ -117,22 +117,6 @@ def test_a_stream_tells_which_shape_its_condition_has():
         ak.WaveNetStream(WAVENET, condition=torch.zeros(1, 2, 3))
 
 
-def test_func_grad_is_refused_with_a_way_out():
-    x = torch.randn(1, 8, 4)
-    calls = {
-        "causal_attention": lambda x: ak.causal_attention(*(x.reshape(1, 1, 4, 8),) * 3),
-        "haar_pool": ak.haar_pool,
-        "haar_dwt": lambda x: ak.haar_dwt(x, 2),
-        "haar_idwt": lambda x: ak.haar_idwt(x, 2),
-    }
-    for name, call in calls.items():
-        for derive in (torch.func.grad(lambda x, call=call: call(x).sum()), torch.func.jacrev(call)):
-            with pytest.raises(
-                NotImplementedError, match=f"^{name} has no derivative inside torch.func .*autograd.grad"
-            ):
-                derive(x)
-
-
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
 def test_trace_takes_the_plan_of_the_length_that_it_saw():
     x = torch.randn(2, 9, 6)
