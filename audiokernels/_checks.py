@@ -4,7 +4,6 @@ import operator
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -73,16 +72,4 @@ def refuse_grad(op: str, **tensors: Tensor | None) -> None:
             raise RuntimeError(
                 f"{op} has no gradient, but {name} requires grad: call it under torch.inference_mode() or "
                 "torch.no_grad(), or detach the tensor"
-            )
-
-
-def refuse_tangents(op: str, **tensors: Tensor) -> None:
-    """Raise NotImplementedError under forward-mode AD: torch drops the tangents of an op without it, silently."""
-    if forward_ad._current_level < 0:
-        return
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise NotImplementedError(
-                f"{op} has no forward-mode derivative, but {name} has a tangent (of torch.func.jvp, for "
-                "example): torch.autograd.functional.jvp takes gradients instead"
             )

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
 lib = torch.library.Library("audiokernels", "DEF")
@@ -65,8 +67,10 @@ def triton_launcher(op: str, module: str, check: Callable[..., None]) -> None:
     lib.impl(op, launch, "CUDA")
 
 
-def register_autograd(op: str, backward: Callable[..., tuple], setup_context: Callable[..., None]) -> None:
-    """torch.library.register_autograd for an op of `lib`, which torch.func.grad, vjp and jacrev reach too.
+def register_autograd(
+    op: str, backward: Callable[..., tuple], setup_context: Callable[..., None], jvp: Callable | None = None
+) -> None:
+    """torch.library.register_autograd for an op of `lib`, with a forward mode, within reach of torch.func.
 
     torch's own makes an autograd.Function, which torch.func wants to take apart itself. One of a single level is like a
     derivative of torch's ops: each level of torch.func meets it as the op goes down through the dispatcher.
@@ -74,7 +78,9 @@ def register_autograd(op: str, backward: Callable[..., tuple], setup_context: Ca
     Args:
         op: its name; what is positional in its schema has no default.
         backward: (ctx, *gradients of the results) -> a gradient or None for each positional argument.
-        setup_context: (ctx, positional arguments, dict of the others, output); saves what backward wants.
+        setup_context: (ctx, positional arguments, dict of the others, output); saves what backward and jvp want.
+        jvp: (ctx, a tangent or None for each positional argument) -> tangents of the results. None: tangents are
+            refused; without a Derivative torch would drop them, silently.
     """
     overload = getattr(torch.ops.audiokernels, op).default
     defaults = {argument.name: argument.default_value for argument in overload._schema.arguments if argument.kwarg_only}
@@ -86,8 +92,10 @@ def register_autograd(op: str, backward: Callable[..., tuple], setup_context: Ca
     class Derivative(_SingleLevelFunction):
         @staticmethod
         def forward(ctx, keyset, options, *args):
-            # Here grad mode is off for this level; a level below has one of its own.
-            with torch.set_grad_enabled(torch._C._are_functorch_transforms_active()):
+            if torch._C._are_functorch_transforms_active():
+                with torch.enable_grad(), _set_fwd_grad_enabled(True):  # off for this level; a level below has its own
+                    output = below(keyset, *args, **options)
+            else:
                 output = below(keyset, *args, **options)
             setup_context(ctx, args, defaults | options, output)
             return output
@@ -96,8 +104,18 @@ def register_autograd(op: str, backward: Callable[..., tuple], setup_context: Ca
         def backward(ctx, *grads):
             return None, None, *backward(ctx, *grads)
 
+        @staticmethod
+        def jvp(ctx, _keyset, _options, *tangents):
+            with _set_fwd_grad_enabled(torch._C._are_functorch_transforms_active()):
+                return jvp(ctx, *tangents)
+
     def kernel(keyset, *args, **options):
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+        tangents = has_tangent(*args)
+        if tangents and jvp is None:
+            raise NotImplementedError(
+                f"{op} has no forward-mode derivative (torch.func.jvp, jacfwd): take torch.func.jacrev or gradients"
+            )
+        if not (tangents or torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return below(keyset, *args, **options)
         if not torch._C._are_functorch_transforms_active():
             return Derivative.apply(keyset, options, *args)
@@ -105,3 +123,10 @@ def register_autograd(op: str, backward: Callable[..., tuple], setup_context: Ca
             return Derivative.apply(keyset, options, *args)
 
     lib.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def has_tangent(*args: object) -> bool:
+    """Whether forward-mode AD gave a tangent to one of the tensors among `args`."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args)

@@ -17,8 +17,9 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from audiokernels._checks import check_dense, check_device, check_floating, is_size, refuse_tangents
+from audiokernels._checks import check_dense, check_device, check_floating, is_size
 from audiokernels._library import C, lib, register_autograd, triton_launcher
 from audiokernels.backends import REFERENCE, Explanation, describe, implementation
 from audiokernels.causal_attention_plan import causal_attention_backward_plan, device_facts, plan_of
@@ -81,9 +82,7 @@ def causal_attention(
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
-        NotImplementedError: q, k or v has a tangent (there is no forward-mode derivative).
     """
-    refuse_tangents("causal_attention", q=q, k=k, v=v)
     if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
         raise TypeError("scale must be a number, got a tensor that requires grad: multiply q by it and pass scale=1.0")
     try:
@@ -397,6 +396,7 @@ def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, **options):
 
 def _setup(ctx, inputs, options, output):
     ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_forward(*inputs)
     ctx.options = options
     ctx.set_materialize_grads(False)
 
@@ -407,6 +407,29 @@ def _backward(ctx, grad_out, grad_lse):
     q, k, v, out, lse = ctx.saved_tensors
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     return _backward_op(grad_out, grad_lse, q, k, v, out, lse, **ctx.options)
+
+
+@_in_full_precision
+def _jvp(ctx, *tangents):
+    """Tangents of (out, lse), in plain torch, one block of queries at a time.
+
+    With dS = scale (dq k^T + q dk^T) and r = rowsum(P dS): dlse = r, dout = P (dS - r) v + P dv.
+    """
+    q, k, v = (forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors)
+    dq, dk, dv = (torch.zeros_like(x) if dx is None else dx for x, dx in zip((q, k, v), tangents, strict=True))
+    scale, wide = _scale(q, ctx.options["scale"]), [_wide(x) for x in (k, v, dk, dv)]
+    qs, dqs = _grouped(q, k), _grouped(dq, k)
+    of_out, of_lse = [], []
+    for block in _blocks(q, k, ctx.options["window"]):
+        ks, vs, dks, dvs = (x[:, :, block.keys] for x in wide)
+        p = _logits(qs, wide[0], block, scale).softmax(-1).where(block.visible, 0)
+        pds = p * scale * (_pairs(dqs[..., block.queries, :], ks) + _pairs(qs[..., block.queries, :], dks))
+        r = pds.sum(-1, keepdim=True)
+        of_out.append(_keys(pds - r * p, vs) + _keys(p, dvs))
+        of_lse.append(r[..., 0])
+    if not of_out:
+        return dq, torch.zeros_like(lse_like(q))
+    return torch.cat(of_out, -2).flatten(1, 2).to(q.dtype), torch.cat(of_lse, -1).flatten(1, 2)
 
 
 def _setup_backward(ctx, inputs, options, output):
@@ -433,15 +456,12 @@ def _backward_backward(ctx, grad_dq, grad_dk, grad_dv):
         rows, cols = block.queries, block.keys
         (qs, gos, gqs), (ks, vs, gks, gvs) = [x[..., rows, :] for x in grouped], [x[:, :, cols] for x in wide]
 
-        def pairs(x, y):
-            return torch.einsum("bhgid,bhjd->bhgij", x, y)
-
         p = _logits(grouped[0], wide[0], block, scale).softmax(-1).where(block.visible, 0)
-        dp = pairs(gos, vs)
+        dp = _pairs(gos, vs)
         shifted = dp - (p * dp).sum(-1, keepdim=True) + lse_grads[..., rows, None]
-        w = scale * (pairs(gqs, ks) + pairs(qs, gks))
+        w = scale * (_pairs(gqs, ks) + _pairs(qs, gks))
         r = (w * p).sum(-1, keepdim=True)
-        of_p = w * shifted - r * dp + pairs(gos, gvs)
+        of_p = w * shifted - r * dp + _pairs(gos, gvs)
         of_logits = scale * p * (of_p - (p * of_p).sum(-1, keepdim=True))
         of_dp, ds = p * (w - r), scale * p * shifted
         of_queries.append(
@@ -458,6 +478,10 @@ def _backward_backward(ctx, grad_dq, grad_dk, grad_dv):
     of_k, of_v = (0 * k, 0 * v) if of_keys is None else of_keys
     grads = (of_grad_out.to(q.dtype), of_grad_lse, of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype))
     return *grads, None, None
+
+
+def _pairs(queries: Tensor, keys: Tensor) -> Tensor:
+    return torch.einsum("bhgid,bhjd->bhgij", queries, keys)
 
 
 def _keys(weights: Tensor, values: Tensor) -> Tensor:
@@ -556,7 +580,7 @@ triton_launcher("causal_attention_backward", "causal_attention_backward_triton",
 torch.library.register_fake("audiokernels::causal_attention", _fake, lib=lib)
 torch.library.register_fake("audiokernels::causal_attention_backward", _fake_backward, lib=lib)
 torch.library.register_fake("audiokernels::_causal_attention_sm90", lambda *call: None, lib=lib)
-register_autograd("causal_attention", _backward, _setup)
+register_autograd("causal_attention", _backward, _setup, _jvp)
 register_autograd("causal_attention_backward", _backward_backward, _setup_backward)
 _op = torch.ops.audiokernels.causal_attention.default
 _backward_op = torch.ops.audiokernels.causal_attention_backward.default

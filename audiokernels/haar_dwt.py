@@ -13,7 +13,7 @@ coefficients, 2 (1 - 2^-J) additions an element. The mean over blocks of 2^l ste
 import torch
 from torch import Tensor
 
-from audiokernels._checks import is_size, refuse_tangents
+from audiokernels._checks import is_size
 from audiokernels._library import lib, register_autograd, triton_launcher
 from audiokernels.backends import Explanation, describe
 from audiokernels.haar_pool import check_input, kernel_of
@@ -40,9 +40,7 @@ def haar_dwt(x: Tensor, n_levels: int, *, pad: str = "zero") -> Tensor:
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
-        NotImplementedError: x has a tangent (there is no forward-mode derivative).
     """
-    refuse_tangents("haar_dwt", x=x)
     if pad not in ("zero", "edge"):
         raise ValueError(f'pad must be "zero" or "edge", got {pad!r}')
     _check(x, n_levels)
@@ -77,9 +75,7 @@ def haar_idwt(coeffs: Tensor, n_levels: int, *, seqlen: int | None = None) -> Te
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
-        NotImplementedError: coeffs has a tangent (there is no forward-mode derivative).
     """
-    refuse_tangents("haar_idwt", coeffs=coeffs)
     _check_inverse(coeffs, n_levels, seqlen=seqlen)
     return _inverse_op(coeffs, n_levels, seqlen=seqlen)
 
@@ -157,12 +153,20 @@ def _backward(ctx, grad):
     return torch.cat([full[:, :last], full[:, last:].sum(1, keepdim=True)], 1), None
 
 
+def _jvp(ctx, tangent, _n_levels):
+    return _op(tangent, ctx.n_levels, edge=ctx.edge)
+
+
 def _setup_inverse(ctx, inputs, options, output):
-    ctx.n_levels = inputs[1]
+    ctx.n_levels, ctx.seqlen = inputs[1], options["seqlen"]
 
 
 def _backward_inverse(ctx, grad):
     return _op(grad, ctx.n_levels), None
+
+
+def _jvp_inverse(ctx, tangent, _n_levels):
+    return _inverse_op(tangent, ctx.n_levels, seqlen=ctx.seqlen)
 
 
 def _vmap(op):
@@ -198,8 +202,8 @@ triton_launcher("haar_dwt", "haar_dwt_triton", _check)
 triton_launcher("haar_idwt", "haar_dwt_triton", _check_inverse)
 torch.library.register_fake("audiokernels::haar_dwt", _fake, lib=lib)
 torch.library.register_fake("audiokernels::haar_idwt", _fake_inverse, lib=lib)
-register_autograd("haar_dwt", _backward, _setup)
-register_autograd("haar_idwt", _backward_inverse, _setup_inverse)
+register_autograd("haar_dwt", _backward, _setup, _jvp)
+register_autograd("haar_idwt", _backward_inverse, _setup_inverse, _jvp_inverse)
 _op = torch.ops.audiokernels.haar_dwt.default
 _inverse_op = torch.ops.audiokernels.haar_idwt.default
 torch.library.register_vmap("audiokernels::haar_dwt", _vmap(_op), lib=lib)

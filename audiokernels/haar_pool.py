@@ -25,7 +25,6 @@ from audiokernels._checks import (
     check_floating,
     check_not_expanded,
     mark_written,
-    refuse_tangents,
 )
 from audiokernels._gpu import device_facts
 from audiokernels._library import C, lib, register_autograd, triton_launcher
@@ -56,10 +55,8 @@ def haar_pool(
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and what came.
-        NotImplementedError: x has a tangent (there is no forward-mode derivative).
     """
     check_input(x, 3)
-    refuse_tangents("haar_pool", x=x)
     causal, count = options(mode, norm)
     runs = level_runs(levels, x.shape[2], x.shape[1])
     return _op(x, runs, causal=causal, count=count)
@@ -216,6 +213,10 @@ def _backward(ctx, grad):
     return _op(grad, ctx.runs, **ctx.options | {"adjoint": not ctx.options["adjoint"]}), None
 
 
+def _jvp(ctx, tangent, _runs):
+    return _op(tangent, ctx.runs, **ctx.options)
+
+
 def _vmap(info, in_dims, x, runs, **kwargs):
     x = x.movedim(in_dims[0], 0)
     return _op(x.flatten(0, 1), runs, **kwargs).unflatten(0, x.shape[:2]), 0
@@ -271,7 +272,7 @@ triton_launcher("haar_pool", "haar_pool_triton", _check)
 triton_launcher("haar_pool_", "haar_pool_triton", _check_)
 torch.library.register_fake("audiokernels::haar_pool", _fake, lib=lib)
 torch.library.register_fake("audiokernels::haar_pool_", _fake_, lib=lib)
-register_autograd("haar_pool", _backward, _setup)
+register_autograd("haar_pool", _backward, _setup, _jvp)
 torch.library.register_vmap("audiokernels::haar_pool", _vmap, lib=lib)
 torch.library.register_vmap("audiokernels::haar_pool_", _vmap_, lib=lib)
 describe("haar_pool", _describe)

@@ -554,13 +554,6 @@ class Layer(torch.nn.Module):
         return causal_attention(q, k, v, window=6).transpose(1, 2).flatten(2)
 
 
-def test_forward_mode_is_refused_instead_of_dropped():
-    q, k, v = make((1, 2, 2, 5, 5, 8), torch.float32)
-    with pytest.raises(NotImplementedError, match="has no forward-mode derivative, but k has a tangent"):
-        torch.func.jvp(lambda k: causal_attention(q, k, v), (k,), (k,))
-    assert torch.func.jvp(lambda k: k + causal_attention(q, q, v), (k,), (k,))[1].equal(k)
-
-
 def test_export():
     layer, x = Layer(), torch.randn(2, 15, 32)
     length = torch.export.Dim("length", min=2, max=4096)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch.func import functional_call, grad, jacrev, vjp, vmap
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 
 import audiokernels as ak
 
@@ -17,9 +18,15 @@ CALLS = {
 
 
 @pytest.fixture(params=CALLS)
-def scalar(request):
-    """x (1, 8, 4, 8) -> a number whose derivatives are not constant."""
-    return lambda x: (CALLS[request.param](x.sin()) ** 3).sum()
+def call(request):
+    """x (1, 8, 4, 8) -> what an op makes of it."""
+    return CALLS[request.param]
+
+
+@pytest.fixture
+def scalar(call):
+    """x -> a number whose derivatives are not constant."""
+    return lambda x: (call(x.sin()) ** 3).sum()
 
 
 @pytest.fixture
@@ -68,16 +75,70 @@ def test_compiled(scalar, x):
     torch.testing.assert_close(compiled(x), by_autograd(scalar, x))
 
 
+def test_jvp(call, x):
+    t = x.flip(1).cos()
+    expected = torch.autograd.functional.jvp(call, x, t)
+    torch.testing.assert_close(jvp(call, (x,), (t,)), expected)
+    with torch.no_grad(), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(call(forward_ad.make_dual(x, t)))
+        torch.testing.assert_close(tuple(found), expected)
+    with ak.use_reference():
+        torch.testing.assert_close(jvp(call, (x,), (t,)), expected)
+    each = vmap(lambda t: jvp(call, (x,), (t,))[1])(torch.stack([t, -2 * t]))
+    torch.testing.assert_close(each, torch.stack([expected[1], -2 * expected[1]]))
+    torch.testing.assert_close(jvp(lambda y: call(x) + y.sum(), (x,), (t,))[1], t.sum().expand_as(expected[0]))
+
+
+def test_jvp_of_low_precision_and_of_some_arguments():
+    q, k, v, t = torch.randn(4, 1, 2, 40, 8, generator=torch.Generator().manual_seed(1)).unbind()
+
+    def run(k):
+        return ak.causal_attention(q.to(k), k, v.to(k), return_lse=True)
+
+    exact, half = jvp(run, (k.double(),), (t.double(),)), jvp(run, (k.half(),), (t.half(),))
+    assert [x.dtype for pair in half for x in pair] == [torch.float16, torch.float32] * 2
+    torch.testing.assert_close(half, exact, check_dtype=False, rtol=0.01, atol=0.01)
+
+
+def test_derivatives_of_tangents(scalar, x):
+    """As losses have them that are made of a jvp."""
+    t = x.flip(1).cos()
+
+    def slope(y):
+        return jvp(scalar, (y,), (t,))[1]
+
+    def by_gradients(y):
+        return (torch.autograd.grad(scalar(y), y, create_graph=True)[0] * t).sum()
+
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(by_gradients(leaf), leaf)[0]
+    torch.testing.assert_close(grad(slope)(x), expected)
+    torch.testing.assert_close(torch.autograd.grad(slope(leaf), leaf)[0], expected)
+    torch.testing.assert_close(jvp(slope, (x,), (t,))[1], (expected * t).sum())
+
+
+def test_tangents_of_gradients(scalar, x, request):
+    t = x.flip(1).cos()
+    if "attention" in request.node.callspec.id:
+        with pytest.raises(NotImplementedError, match="causal_attention_backward has no forward-mode derivative"):
+            jvp(grad(scalar), (x,), (t,))
+    else:
+        expected = vjp(grad(scalar), x)[1](t)[0]  # a Hessian is symmetric
+        torch.testing.assert_close(jvp(grad(scalar), (x,), (t,))[1], expected)
+
+
+def test_jacfwd(call, x):
+    torch.testing.assert_close(jacfwd(call)(x), jacrev(call)(x))
+
+
 def test_float32_takes_the_kernel(scalar, x):
     torch.testing.assert_close(grad(scalar)(x.float()), by_autograd(scalar, x.float()), rtol=0, atol=0)
 
 
 def test_autocast(x):
-    call = CALLS["causal_attention"]
-
     def loss(x):
         with torch.autocast("cpu", torch.bfloat16):
-            out = call(x)
+            out = CALLS["causal_attention"](x)
         assert out.dtype == torch.bfloat16
         return (out.float() ** 2).sum()
 

@@ -266,13 +266,6 @@ def test_vmap():
     torch.testing.assert_close(back, x.transpose(0, 1))
 
 
-@pytest.mark.parametrize("name, op", [("x", haar_dwt), ("coeffs", haar_idwt)])
-def test_forward_mode_is_refused_instead_of_dropped(name, op):
-    x = torch.randn(1, 8, 4)
-    with pytest.raises(NotImplementedError, match=f"no forward-mode derivative, but {name} has a tangent"):
-        torch.func.jvp(lambda x: op(x, 2), (x,), (x,))
-
-
 def test_integers_of_numpy_are_integers():
     x = torch.randn(1, 8, 4)
     coeffs = haar_dwt(x, np.int32(2))

@@ -408,14 +408,6 @@ def test_vmap():
     assert torch.equal(y, want[0])
 
 
-def test_forward_mode_is_refused_instead_of_dropped():
-    x = torch.randn(1, 8, 4)
-    with pytest.raises(NotImplementedError, match="haar_pool has no forward-mode derivative, but x has a tangent"):
-        torch.func.jvp(haar_pool, (x,), (x,))
-    tangent = torch.autograd.functional.jvp(haar_pool, x, x)[1]
-    torch.testing.assert_close(tangent, haar_pool(x))  # it is linear
-
-
 def test_autocast_keeps_the_dtype():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
