@@ -4,6 +4,7 @@ import operator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -66,10 +67,18 @@ def mark_written(*tensors: Tensor) -> None:
 
 
 def refuse_grad(op: str, **tensors: Tensor | None) -> None:
-    """Raise RuntimeError if one of them requires grad, for an op without a gradient."""
+    """Raise RuntimeError if one of them requires grad or has a tangent, for an op without derivatives."""
     for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
+        if isinstance(tensor, Tensor) and (tensor.requires_grad or has_tangent(tensor)):
+            what = "requires grad" if tensor.requires_grad else "has a tangent (of torch.func.jvp, for example)"
             raise RuntimeError(
-                f"{op} has no gradient, but {name} requires grad: call it under torch.inference_mode() or "
+                f"{op} has no gradient, but {name} {what}: call it under torch.inference_mode() or "
                 "torch.no_grad(), or detach the tensor"
             )
+
+
+def has_tangent(*args: object) -> bool:
+    """Whether forward-mode AD gave a tangent to one of the tensors among `args`."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args)

@@ -11,9 +11,10 @@ from types import ModuleType
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
+
+from audiokernels._checks import has_tangent
 
 lib = torch.library.Library("audiokernels", "DEF")
 
@@ -123,10 +124,3 @@ def register_autograd(
             return Derivative.apply(keyset, options, *args)
 
     lib.impl(op, kernel, "Autograd", with_keyset=True)
-
-
-def has_tangent(*args: object) -> bool:
-    """Whether forward-mode AD gave a tangent to one of the tensors among `args`."""
-    if forward_ad._current_level < 0:
-        return False
-    return any(isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args)

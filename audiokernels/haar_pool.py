@@ -25,6 +25,7 @@ from audiokernels._checks import (
     check_floating,
     check_not_expanded,
     mark_written,
+    refuse_grad,
 )
 from audiokernels._gpu import device_facts
 from audiokernels._library import C, lib, register_autograd, triton_launcher
@@ -75,7 +76,7 @@ def haar_pool_(
     """
     check_input(x, 3)
     if torch.is_grad_enabled():
-        _refuse_grad(x)
+        refuse_grad("haar_pool_", x=x)
     causal, count = options(mode, norm)
     runs = level_runs(levels, x.shape[2], x.shape[1])
     _check_(x, runs)
@@ -183,14 +184,6 @@ def _check_(x, runs, *, causal=False, count=False) -> None:
     check_not_expanded("x", x)
 
 
-def _refuse_grad(x: Tensor) -> None:
-    if x.requires_grad:
-        raise RuntimeError(
-            "haar_pool_ has no gradient, but x requires grad: call it under torch.inference_mode() or torch.no_grad(), "
-            "or call haar_pool"
-        )
-
-
 def _fake(x, runs, *, causal=False, count=False, adjoint=False):
     _check(x, runs)
     return x.new_empty(x.shape)
@@ -198,7 +191,7 @@ def _fake(x, runs, *, causal=False, count=False, adjoint=False):
 
 def _fake_(x, runs, *, causal=False, count=False):
     if torch.is_grad_enabled():
-        _refuse_grad(x)
+        refuse_grad("haar_pool_", x=x)
     _check_(x, runs)
 
 

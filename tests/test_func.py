@@ -156,3 +156,20 @@ def test_parameters_of_a_module():
     expected = torch.autograd.grad(loss(weights, x), list(weights.values()))
     found = grad(loss)({name: weight.detach() for name, weight in weights.items()}, x)
     torch.testing.assert_close(tuple(found.values()), expected)
+
+
+def test_steps_refuse_tangents():
+    position, x, cache = torch.zeros(1, dtype=torch.int32), torch.randn(1, 4), torch.randn(1, 1, 4, 8)
+    steps = {
+        "haar_pool_": lambda x: ak.haar_pool_(x[None].sin()),
+        "haar_pool_update": lambda x: ak.haar_pool_update(x, ak.haar_pool_state(1, 4), position, norm="count"),
+        "dilated_conv_update": lambda x: ak.dilated_conv_update(
+            x, torch.zeros(1, 1, 4), torch.ones(4, 4, 2), None, position, dilation=1
+        ),
+        "causal_attention_decode": lambda x: ak.causal_attention_decode(
+            x.repeat(1, 2)[None, None], cache, cache, position
+        ),
+    }
+    for name, step in steps.items():
+        with pytest.raises(RuntimeError, match=f"{name} has no gradient, but . has a tangent"):
+            jvp(step, (x,), (x,))
