@@ -66,14 +66,20 @@ def mark_written(*tensors: Tensor) -> None:
         torch.autograd.graph.increment_version(tensors)
 
 
-def refuse_grad(op: str, **tensors: Tensor | None) -> None:
+def refuse_grad(op: str, instead: str = "detach the tensor", /, **tensors: Tensor | None) -> None:
     """Raise RuntimeError if one of them requires grad or has a tangent, for an op without derivatives."""
     for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and (tensor.requires_grad or has_tangent(tensor)):
-            what = "requires grad" if tensor.requires_grad else "has a tangent (of torch.func.jvp, for example)"
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.requires_grad:
             raise RuntimeError(
-                f"{op} has no gradient, but {name} {what}: call it under torch.inference_mode() or "
-                "torch.no_grad(), or detach the tensor"
+                f"{op} has no gradient, but {name} requires grad: call it under torch.inference_mode() or "
+                f"torch.no_grad(), or {instead}"
+            )
+        if has_tangent(tensor):
+            raise RuntimeError(
+                f"{op} has no gradient, but {name} has a tangent (of torch.func.jvp, for example), which would be "
+                f"lost: pass torch.autograd.forward_ad.unpack_dual({name}).primal"
             )
 
 

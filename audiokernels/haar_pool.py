@@ -76,7 +76,7 @@ def haar_pool_(
     """
     check_input(x, 3)
     if torch.is_grad_enabled():
-        refuse_grad("haar_pool_", x=x)
+        refuse_grad("haar_pool_", "call haar_pool", x=x)
     causal, count = options(mode, norm)
     runs = level_runs(levels, x.shape[2], x.shape[1])
     _check_(x, runs)
@@ -191,7 +191,7 @@ def _fake(x, runs, *, causal=False, count=False, adjoint=False):
 
 def _fake_(x, runs, *, causal=False, count=False):
     if torch.is_grad_enabled():
-        refuse_grad("haar_pool_", x=x)
+        refuse_grad("haar_pool_", "call haar_pool", x=x)
     _check_(x, runs)
 
 
@@ -199,7 +199,7 @@ def _fake_(x, runs, *, causal=False, count=False):
 
 
 def _setup(ctx, inputs, options, output):
-    ctx.runs, ctx.options = inputs[1], dict(options)
+    ctx.runs, ctx.options = inputs[1], options
 
 
 def _backward(ctx, grad):

@@ -173,3 +173,5 @@ def test_steps_refuse_tangents():
     for name, step in steps.items():
         with pytest.raises(RuntimeError, match=f"{name} has no gradient, but . has a tangent"):
             jvp(step, (x,), (x,))
+        _, tangent = jvp(lambda x, step=step: step(forward_ad.unpack_dual(x).primal) + x.sum(), (x,), (x,))
+        torch.testing.assert_close(tangent, x.sum().expand_as(tangent))  # the way out that the error tells
